@@ -1,0 +1,1 @@
+"""From URLs to a published snapshot of latents: crawl, caption, filter, encode, publish."""

@@ -1,0 +1,16 @@
+"""What commands print: answers on stdout, progress and remarks on stderr."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from rich.console import Console
+
+#: For progress bars and one-line remarks; stdout stays free for the answer.
+console = Console(stderr=True)
+
+
+def print_json(answer: Any) -> None:
+    """Prints `answer` (JSON types) on stdout, for ``--json``."""
+    print(json.dumps(answer, indent=2, ensure_ascii=False, allow_nan=False))
