@@ -1,0 +1,101 @@
+"""Snapshots: content ids, one line of history, racing publishers, refusals."""
+
+import threading
+
+import pytest
+
+from starflow.errors import AlreadyExistsError, NotFoundError, StoreError
+from starflow.manifest import put
+from starflow.objectstore import open_store
+from starflow.snapshots import (
+    ArraySpec,
+    Part,
+    VAEIdentity,
+    list_snapshots,
+    load_snapshot,
+    newest_snapshot,
+    publish,
+)
+
+VAE = VAEIdentity(name="test", sha256="0" * 64, scaling_factor=1.0, channels=4, downsampling=8)
+
+
+@pytest.fixture
+def store(tmp_path):
+    return open_store(str(tmp_path / "store"))
+
+
+def make_part(store, name, count=3, vae=VAE):
+    ref = put(store, f"parts/{name}/index.parquet", name.encode())
+    spec = ArraySpec(shape=(count, 4, 2, 2), dtype="float16")
+    return Part(
+        id=name, grid=(2, 2), rows=count, count=count, chunk=2, shard=4, arrays={"mean": spec, "std": spec},
+        vae=vae, index=ref, samples=ref,
+    )  # fmt: skip
+
+
+def test_first_snapshot_reads_back(store):
+    published = publish(
+        store, parent=None, parts=[make_part(store, "a")], image_size=32, dropped={"404": 2}, attribution="by X"
+    )
+    assert load_snapshot(store, published.id) == load_snapshot(store) == load_snapshot(store, "1") == published
+    assert published.counts.model_dump() == {"added": 3, "kept": 0, "total": 3}
+    assert published.parent is None
+    assert published.id.startswith("00000001-")
+
+
+def test_child_counts_what_it_added(store):
+    first = publish(store, parent=None, parts=[make_part(store, "a")], image_size=32)
+    second = publish(store, parent=first, parts=[*first.parts, make_part(store, "b", 5)], image_size=32)
+    assert second.counts.model_dump() == {"added": 5, "kept": 3, "total": 8}
+    assert second.parent == first.id
+    assert [summary.id for summary in list_snapshots(store)] == [first.id, second.id]
+    assert newest_snapshot(store) == second
+
+
+def test_same_content_has_the_same_id_and_is_published_once(store, tmp_path):
+    part = make_part(store, "a")
+    first = publish(store, parent=None, parts=[part], image_size=32)
+    assert publish(store, parent=None, parts=[part], image_size=32) == first
+    assert publish(store, parent=first, parts=first.parts, image_size=32) == first
+    other = open_store(str(tmp_path / "other"))
+    assert publish(other, parent=None, parts=[make_part(other, "a")], image_size=32).id == first.id
+    assert len(list_snapshots(store)) == 1
+
+
+def test_of_racing_publishers_one_wins_and_the_others_are_told(store):
+    first = publish(store, parent=None, parts=[make_part(store, "root")], image_size=32)
+    parts = [make_part(store, f"racer{i}") for i in range(4)]
+    outcomes, barrier = [], threading.Barrier(4)
+
+    def race(part):
+        barrier.wait()
+        try:
+            outcomes.append(publish(store, parent=first, parts=[*first.parts, part], image_size=32).id)
+        except AlreadyExistsError as error:
+            outcomes.append(str(error))
+
+    threads = [threading.Thread(target=race, args=(part,)) for part in parts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    newest = load_snapshot(store)
+    assert newest.number == 2
+    assert outcomes.count(newest.id) == 1
+    assert all("run the same command again" in text for text in outcomes if text != newest.id)
+
+
+def test_refusals_name_the_thing(store):
+    with pytest.raises(NotFoundError, match="no snapshot yet"):
+        load_snapshot(store)
+    assert newest_snapshot(store) is None
+    with pytest.raises(StoreError, match="without any sample"):
+        publish(store, parent=None, parts=[], image_size=32)
+    first = publish(store, parent=None, parts=[make_part(store, "a")], image_size=32)
+    other = VAE.model_copy(update={"name": "other", "sha256": "1" * 64})
+    with pytest.raises(StoreError, match="VAE other"):
+        publish(store, parent=first, parts=[*first.parts, make_part(store, "b", vae=other)], image_size=32)
+    for name in ("7", "00000001-ffffffffffffffff", "nonsense"):
+        with pytest.raises(NotFoundError, match="number 1"):
+            load_snapshot(store, name)
