@@ -1,0 +1,123 @@
+"""Child processes known by pid and creation time, so that a recycled pid is never taken for ours.
+
+Every process of a stack also carries a mark in its environment. Its descendants inherit the mark, which is how
+`marked` finds what a crashed parent left behind.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+from pydantic import Field
+
+from starflow.config import Config
+from starflow.errors import StarflowError
+
+#: Environment variable whose value (the stack's folder) marks a process as belonging to that stack.
+MARK = "STARFLOW_STACK_PROCESS"
+
+
+class ProcessRef(Config):
+    """A process that a later command can find again."""
+
+    pid: int = Field(description="Process id.")
+    created: float = Field(description="Creation time in seconds since 1970, as the kernel reports it.")
+
+    @property
+    def process(self) -> psutil.Process | None:
+        """The live process, or None when it has ended (also when another one has its pid by now)."""
+        try:
+            process = psutil.Process(self.pid)
+            same = abs(process.create_time() - self.created) < 0.05
+            return process if same and process.status() != psutil.STATUS_ZOMBIE else None
+        except psutil.NoSuchProcess:
+            return None
+
+    @property
+    def alive(self) -> bool:
+        return self.process is not None
+
+
+def start(
+    command: Sequence[str],
+    *,
+    env: dict[str, str],
+    log: Path,
+    cwd: Path | None = None,
+    user: int | None = None,
+) -> ProcessRef:
+    """Starts `command` in a session of its own, output appended to `log`, as uid `user` if given.
+
+    Raises StarflowError when the program cannot be executed.
+    """
+    with log.open("ab") as output:
+        try:
+            child = subprocess.Popen(
+                command,
+                env=env,
+                cwd=cwd,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                user=user,
+                group=user,
+                extra_groups=None if user is None else [],
+            )
+        except OSError as error:
+            raise StarflowError(
+                f"cannot execute {command[0]}: {error.strerror}; install it again with `make demo`"
+            ) from error
+    # Reaps the child when it ends while this process still lives; otherwise init does.
+    threading.Thread(target=child.wait, daemon=True).start()
+    with suppress(psutil.NoSuchProcess):
+        return ProcessRef(pid=child.pid, created=psutil.Process(child.pid).create_time())
+    return ProcessRef(pid=child.pid, created=0.0)  # it has ended already
+
+
+def stop(processes: Iterable[psutil.Process], *, seconds: float, first: signal.Signals = signal.SIGTERM) -> None:
+    """Sends `first`, then SIGKILL to those still there after `seconds`; returns when all have ended."""
+    processes = list(processes)
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.send_signal(first)
+    _, stubborn = psutil.wait_procs(processes, timeout=seconds)
+    for process in stubborn:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(stubborn, timeout=5)
+
+
+def descendants(process: psutil.Process) -> list[psutil.Process]:
+    """The process and all processes below it; those of other sessions too."""
+    with suppress(psutil.NoSuchProcess):
+        return [process, *process.children(recursive=True)]
+    return []
+
+
+def marked(folder: Path) -> list[psutil.Process]:
+    """Every process, other than this one, that carries the mark of the stack in `folder`."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, OSError):
+            if process.pid != os.getpid() and process.environ().get(MARK) == str(folder):
+                found.append(process)
+    return found
+
+
+def wait_until(ready: Callable[[], bool], *, seconds: float, every: float = 0.1) -> bool:
+    """Polls `ready` until it holds (True) or `seconds` have passed (False)."""
+    deadline = time.monotonic() + seconds
+    while not ready():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(every)
+    return True
