@@ -26,7 +26,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "snapshots": ("pipelines.cli", "snapshots", "List, show, compare and check published snapshots."),
     "preview": ("pipelines.cli", "preview", "Decode a few samples of a snapshot back to pictures."),
     "train": ("training.cli", "train", "Train a run, or resume it where it stopped."),
-    "train-vae": ("training.cli", "train_vae", "Train a small VAE on a folder of pictures."),
+    "train-vae": ("training.vae_cli", "train_vae", "Train a small VAE on a folder of pictures."),
     "runs": ("training.cli", "runs", "List, show and compare training runs."),
     "checkpoints": ("training.cli", "checkpoints", "List, show, verify and export checkpoints."),
     "sample": ("starflow.commands", "sample", "Draw pictures for prompts."),
@@ -93,7 +93,7 @@ def main() -> NoReturn:
         if debug:
             raise
         print(f"error: {error}", file=sys.stderr)
-    except Exception as error:  # noqa: BLE001 - the last resort: an unexpected error still ends in one line
+    except Exception as error:
         if debug:
             raise
         print(f"error: {type(error).__name__}: {error} (run with --debug for the traceback)", file=sys.stderr)

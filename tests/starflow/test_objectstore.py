@@ -1,0 +1,136 @@
+"""The object store: local folder and a real S3 server behave alike."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from starflow import objectstore
+from starflow.errors import AlreadyExistsError, ChangedError, ConfigError, NotFoundError, StoreError
+from starflow.objectstore import LocalStore, ObjectStore, open_store
+
+
+@pytest.fixture(params=["local", "s3"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> ObjectStore:
+    if request.param == "local":
+        return open_store(str(tmp_path / "store"))
+    s3_url = request.getfixturevalue("s3_url")
+    return open_store(s3_url)
+
+
+def test_what_is_written_is_read(store: ObjectStore) -> None:
+    store.write("a/b.bin", b"0123456789")
+    assert store.read("a/b.bin") == b"0123456789"
+    assert store.read("a/b.bin", start=3, length=4) == b"3456"
+    assert store.read("a/b.bin", start=7) == b"789"
+    assert store.read("a/b.bin", start=2, length=0) == b""
+    store.write("a/b.bin", b"new")
+    assert store.read("a/b.bin") == b"new"
+    info = store.head("a/b.bin")
+    assert info is not None
+    assert (info.key, info.size) == ("a/b.bin", 3)
+    assert store.head("a/none") is None
+    with pytest.raises(NotFoundError, match="a/none"):
+        store.read("a/none")
+
+
+def test_create_has_one_winner(store: ObjectStore) -> None:
+    outcomes: list[str] = []
+
+    def race(name: str) -> None:
+        try:
+            store.create("commit.json", name.encode())
+            outcomes.append(name)
+        except AlreadyExistsError:
+            pass
+
+    threads = [threading.Thread(target=race, args=(f"racer {i}",)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(outcomes) == 1
+    assert store.read("commit.json") == outcomes[0].encode()
+    store.create("commit.json", outcomes[0].encode())  # the same bytes again are harmless
+
+
+def test_replace_needs_the_current_etag(store: ObjectStore) -> None:
+    store.write("lease", b"one")
+    first = store.head("lease")
+    assert first is not None
+    store.replace("lease", b"two", first.etag)
+    with pytest.raises(ChangedError, match="lease"):
+        store.replace("lease", b"three", first.etag)
+    assert store.read("lease") == b"two"
+    with pytest.raises(ChangedError):
+        store.replace("missing", b"x", first.etag)
+
+
+def test_list_and_delete(store: ObjectStore) -> None:
+    keys = ["p/1", "p/10", "p/2/x", "p.json", "q/1"]
+    for key in keys:
+        store.write(key, key.encode())
+    assert [info.key for info in store.list("p/")] == ["p/1", "p/10", "p/2/x"]
+    assert [info.key for info in store.list("p/1")] == ["p/1", "p/10"]
+    assert [info.key for info in store.list()] == sorted(keys)
+    assert [info.size for info in store.list("q")] == [3]
+    store.delete(["p/1", "p/2/x", "never/was"])
+    assert [info.key for info in store.list()] == ["p.json", "p/10", "q/1"]
+    assert list(store.list("nothing/here")) == []
+
+
+def test_upload_and_download(store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(objectstore, "MULTIPART_BYTES", 12 * 2**20)
+    data = os.urandom(25 * 2**20)
+    source = tmp_path / "source"
+    source.write_bytes(data)
+    store.upload("big/file", source)
+    store.write("big/memory", memoryview(data))
+    for key in ("big/file", "big/memory"):
+        target = tmp_path / "target"
+        store.download(key, target)
+        assert target.read_bytes() == data
+    with pytest.raises(NotFoundError):
+        store.download("big/none", tmp_path / "none")
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["source", "target"]
+
+
+def test_unfinished_local_writes_are_not_listed(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    store.write("a", b"x")
+    (tmp_path / ".b.123~").write_bytes(b"torn")
+    assert [info.key for info in store.list()] == ["a"]
+
+
+def test_a_full_disk_says_so(tmp_path: Path) -> None:
+    store = LocalStore(Path("/dev/full"))
+    with pytest.raises(StoreError, match="/dev/full"):
+        store.write("a", b"x")
+    with pytest.raises(StoreError, match="not usable"):
+        LocalStore(tmp_path).write("../outside", b"x")
+
+
+@pytest.mark.parametrize("url", ["http://host/x", "", "s3://"])
+def test_unknown_urls_are_refused(url: str) -> None:
+    with pytest.raises(ConfigError):
+        open_store(url)
+
+
+def test_unreachable_endpoint_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION"):
+        monkeypatch.setenv(name, "x")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setattr(objectstore, "FIRST_DEADLINE_SECONDS", 0.5)
+    with pytest.raises(StoreError, match=r"cannot read s3://bucket/k .*127\.0\.0\.1:9"):
+        open_store("s3://bucket").read("k")
+
+
+def test_wrong_credentials_and_missing_bucket_name_themselves(s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(NotFoundError, match="bucket"):
+        open_store("s3://no-such-bucket").write("k", b"x")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    with pytest.raises(StoreError, match="refuses these credentials"):
+        open_store(s3_url).write("k", b"x")
