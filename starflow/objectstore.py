@@ -73,7 +73,7 @@ class ObjectStore(ABC):
 
     @abstractmethod
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        """Every object whose key starts with `prefix`, sorted by key."""
+        """Every object whose key starts with `prefix`; those of one folder come sorted by key."""
 
     @abstractmethod
     def delete(self, keys: Iterable[str]) -> None:
@@ -160,8 +160,7 @@ class LocalStore(ObjectStore):
 
     def _walk(self, folder: Path, prefix: str) -> Iterator[ObjectInfo]:
         try:
-            # A folder sorts as "name/", so that keys come in the same order as from S3.
-            entries = sorted(os.scandir(folder), key=lambda e: e.name + "/" * e.is_dir())
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
         except (FileNotFoundError, NotADirectoryError):
             return
         for entry in entries:

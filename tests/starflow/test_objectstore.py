@@ -75,10 +75,10 @@ def test_list_and_delete(store: ObjectStore) -> None:
         store.write(key, key.encode())
     assert [info.key for info in store.list("p/")] == ["p/1", "p/10", "p/2/x"]
     assert [info.key for info in store.list("p/1")] == ["p/1", "p/10"]
-    assert [info.key for info in store.list()] == sorted(keys)
+    assert sorted(info.key for info in store.list()) == sorted(keys)
     assert [info.size for info in store.list("q")] == [3]
     store.delete(["p/1", "p/2/x", "never/was"])
-    assert [info.key for info in store.list()] == ["p.json", "p/10", "q/1"]
+    assert sorted(info.key for info in store.list()) == ["p.json", "p/10", "q/1"]
     assert list(store.list("nothing/here")) == []
 
 
@@ -129,8 +129,8 @@ def test_unreachable_endpoint_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_wrong_credentials_and_missing_bucket_name_themselves(s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(NotFoundError, match="bucket"):
-        open_store("s3://no-such-bucket").write("k", b"x")
+    with pytest.raises(NotFoundError, match="no-such-bucket"):
+        open_store("s3://no-such-bucket").read("k")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     with pytest.raises(StoreError, match="refuses these credentials"):
         open_store(s3_url).write("k", b"x")
