@@ -73,8 +73,17 @@ class LazyGroup(TyperGroup):
 app = typer.Typer(cls=LazyGroup, add_completion=False, no_args_is_help=True, rich_markup_mode="rich")
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from starflow import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
 @app.callback()
 def root(
+    version: bool = typer.Option(False, "--version", callback=_print_version, is_eager=True, help="Show the version."),
     debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
 ) -> None:
     """From a list of image URLs to a trained text-to-image STARFlow."""

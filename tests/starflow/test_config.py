@@ -1,0 +1,54 @@
+"""Configuration errors say what to change."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import Field
+
+from starflow.config import Config, load_config
+from starflow.errors import ConfigError
+
+
+class Optimizer(Config):
+    lr: float = Field(default=1e-3, gt=0)
+
+
+class Run(Config):
+    name: str
+    steps: int = 10
+    optimizer: Optimizer = Optimizer()
+
+
+def test_file_then_values_then_overrides(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("name: a\nsteps: 1\noptimizer: {lr: 0.1}\n")
+    run = load_config(Run, file, ["optimizer.lr=0.3"], name="b", steps=None)
+    assert run == Run(name="b", steps=1, optimizer=Optimizer(lr=0.3))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([], "name is missing"),
+        (["name=a", "stepps=3"], "unknown key stepps, did you mean steps?"),
+        (["name=a", "steps=many"], "steps = 'many'"),
+        (["name=a", "optimizer.lr=-1"], "optimizer.lr = -1"),
+        (["name=a", "steps"], "not of the form key=value"),
+        (["name=a", "steps=[1"], "not valid YAML"),
+        (["name=a", "name.x=1"], "not a group"),
+    ],
+)
+def test_errors_name_key_value_and_remedy(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message.replace("?", r"\?")):
+        load_config(Run, overrides=overrides)
+
+
+@pytest.mark.parametrize(("text", "message"), [(None, "does not exist"), ("- 1", "holds a list"), ("a: [", "YAML")])
+def test_unreadable_files(tmp_path: Path, text: str | None, message: str) -> None:
+    file = tmp_path / "run.yaml"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_config(Run, file)
