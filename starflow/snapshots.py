@@ -19,29 +19,13 @@ from pydantic import Field, TypeAdapter
 
 from starflow import manifest
 from starflow.config import Config
+from starflow.encoders import TextIdentity, VAEIdentity
 from starflow.errors import AlreadyExistsError, NotFoundError, StoreError
 from starflow.manifest import ObjectRef
 from starflow.objectstore import ObjectStore
 
 KIND, VERSION = "snapshot", 1
 PREFIX = "snapshots/"
-
-
-class VAEIdentity(Config):
-    """Which VAE made the latents; latents of different VAEs never mix."""
-
-    name: str
-    sha256: str = Field(description="SHA-256 (hex) of the weights.")
-    scaling_factor: float = Field(description="Stored latents are already multiplied by it.")
-    channels: int
-    downsampling: int = Field(description="Pixels per latent, along one side.")
-
-
-class EncoderIdentity(Config):
-    """Which text encoder made stored text states."""
-
-    name: str
-    sha256: str = Field(description="SHA-256 (hex) of the weights.")
 
 
 class ArraySpec(Config):
@@ -56,7 +40,7 @@ class TextStates(Config):
 
     array: str = Field(description="Name of the Zarr array inside the part, such as text/0.")
     spec: ArraySpec
-    encoder: EncoderIdentity
+    encoder: TextIdentity
     index: ObjectRef = Field(description="Parquet: one line a shard of this array.")
 
 
@@ -118,7 +102,7 @@ class Summary(Config):
 
 
 class Snapshot(Summary):
-    """An immutable data set: read it with `starflow.latents.SnapshotReader`."""
+    """An immutable data set: read it with `starflow.reader.SnapshotReader`."""
 
     parts: tuple[Part, ...]
 

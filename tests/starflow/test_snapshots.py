@@ -4,13 +4,13 @@ import threading
 
 import pytest
 
+from starflow.encoders import VAEIdentity
 from starflow.errors import AlreadyExistsError, NotFoundError, StoreError
 from starflow.manifest import put
 from starflow.objectstore import open_store
 from starflow.snapshots import (
     ArraySpec,
     Part,
-    VAEIdentity,
     list_snapshots,
     load_snapshot,
     newest_snapshot,

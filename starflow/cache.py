@@ -1,0 +1,92 @@
+"""A bounded folder of files that can be had again: downloaded shards, captions made ready for mapping.
+
+All processes of a node share it. Each file is made once, under a lock that the kernel drops with its holder,
+and appears by rename, so that a crash leaves nothing that a reader could take for complete. The least
+recently opened files go first; whoever still maps one keeps its bytes until the map is closed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from starflow import manifest
+from starflow.errors import StoreError
+from starflow.manifest import ObjectRef
+from starflow.objectstore import ObjectStore
+
+#: Files that a crash left unfinished are swept once they are this old, in seconds.
+UNFINISHED_SECONDS = 3600.0
+_ATTEMPTS = 5
+
+
+class FileCache:
+    """Files by name under `directory`, together at most about `limit` bytes (default 64 GiB)."""
+
+    def __init__(self, directory: Path, limit: int = 64 * 2**30) -> None:
+        self.directory, self.limit = directory.expanduser().absolute(), limit
+
+    def open_object(self, store: ObjectStore, ref: ObjectRef) -> BinaryIO:
+        """The object, downloaded and checked if need be, open for reading.
+
+        Raises NotFoundError, CorruptError, or StoreError when the disk is full.
+        """
+        return self.open(ref.sha256, lambda path: manifest.download(store, ref, path))
+
+    def open(self, name: str, make: Callable[[Path], None]) -> BinaryIO:
+        """The file `name`, open for reading; `make` writes it to the path it is given when it is missing."""
+        path = self.directory / name
+        for _ in range(_ATTEMPTS):
+            try:
+                file = path.open("rb")
+            except (FileNotFoundError, NotADirectoryError):
+                self._make(path, make)  # and look again: it may be evicted before we open it
+            else:
+                os.utime(file.fileno())  # recently used: among the last to go
+                return file
+        raise StoreError(
+            f"{path} is evicted faster than it can be opened: the cache of {self.limit} bytes is too small"
+        )
+
+    def _make(self, path: Path, make: Callable[[Path], None]) -> None:
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            with self._locked(f"{path.name[:2]}.lock"):
+                if not path.exists():  # else another process has made it while we waited
+                    unfinished = path.with_name(f"{path.name}~")
+                    make(unfinished)
+                    unfinished.replace(path)
+        except OSError as error:
+            raise StoreError(
+                f"cache {self.directory} cannot take {path.name}: {error.strerror or error}; "
+                "free some space or choose another folder"
+            ) from error
+        self._evict(keep=path)
+
+    def _evict(self, keep: Path) -> None:
+        with self._locked("evict.lock"):
+            files, total = [], 0
+            for entry in os.scandir(self.directory):
+                try:
+                    status = entry.stat()
+                except FileNotFoundError:
+                    continue  # another process renamed it meanwhile
+                total += status.st_size
+                if not entry.name.endswith(".lock") and entry.name != keep.name:
+                    files.append((status.st_mtime, status.st_size, Path(entry.path)))
+            for modified, size, path in sorted(files):
+                unfinished = "~" in path.name
+                if time.time() - modified > UNFINISHED_SECONDS if unfinished else total > self.limit:
+                    path.unlink(missing_ok=True)
+                    total -= size
+
+    @contextmanager
+    def _locked(self, name: str) -> Iterator[None]:
+        with (self.directory / name).open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield

@@ -1,0 +1,72 @@
+"""The file cache: each file made once, bounded, evicted files stay readable to those who have them open."""
+
+import os
+import threading
+import time
+
+import pytest
+
+from starflow.cache import UNFINISHED_SECONDS, FileCache
+from starflow.errors import StoreError
+
+
+def test_a_file_is_made_once_by_many_threads(tmp_path):
+    cache, made, barrier = FileCache(tmp_path / "cache"), [], threading.Barrier(6)
+
+    def make(path):
+        made.append(path)
+        path.write_bytes(b"content")
+
+    def work():
+        barrier.wait()
+        with cache.open("name", make) as file:
+            assert file.read() == b"content"
+
+    threads = [threading.Thread(target=work) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(made) == 1
+
+
+def test_the_least_recently_used_go_first(tmp_path):
+    cache = FileCache(tmp_path, limit=30)
+
+    def open_file(name):
+        return cache.open(name, lambda path: path.write_bytes(name.encode() * 10))
+
+    held = open_file("a")
+    now = time.time()
+    os.utime(tmp_path / "a", (now - 20, now - 20))
+    open_file("b").close()
+    os.utime(tmp_path / "b", (now - 10, now - 10))
+    open_file("a").close()  # used again: b is older now
+    open_file("c").close()
+    open_file("d").close()
+    assert {path.name for path in tmp_path.iterdir() if not path.name.endswith(".lock")} == {"a", "c", "d"}
+    assert held.read() == b"a" * 10
+    held.close()
+
+
+def test_a_crash_leaves_nothing_readable_and_is_swept(tmp_path):
+    cache = FileCache(tmp_path)
+
+    def crash(path):
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cache.open("name", crash)
+    old = time.time() - UNFINISHED_SECONDS - 1
+    (tmp_path / "other~").write_bytes(b"half")
+    os.utime(tmp_path / "other~", (old, old))
+    with cache.open("name", lambda path: path.write_bytes(b"whole")) as file:
+        assert file.read() == b"whole"
+    assert not [path for path in tmp_path.iterdir() if "~" in path.name]
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(StoreError, match="file"):
+        FileCache(tmp_path / "file").open("name", lambda path: path.write_bytes(b""))

@@ -1,0 +1,163 @@
+"""The snapshot reader against plain numpy: rows, holes, captions, both sides, several parts and grids."""
+
+import hashlib
+import threading
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from starflow.encoders import TextIdentity, VAEIdentity
+from starflow.errors import ConfigError, CorruptError
+from starflow.objectstore import LocalStore, open_store
+from starflow.parts import LayerPlan, part_from_arrays
+from starflow.reader import SnapshotReader
+from starflow.shardindex import held_out_hash
+from starflow.snapshots import publish
+
+VAE = VAEIdentity(name="test", sha256="0" * 64, scaling_factor=1.0, channels=2, downsampling=8)
+ALT = LayerPlan(origin="alt-text", version="1", weight=1.0)
+MODEL = LayerPlan(origin="blip", version="2", weight=3.0)
+
+
+def name(number):
+    return hashlib.sha256(str(number).encode()).hexdigest()
+
+
+class Data:
+    """What went into a part, to compare with."""
+
+    def __init__(self, store, start, count, grid=(2, 3), holes=(), text=False):
+        random = np.random.default_rng(start)
+        self.mean = random.normal(size=(count, 2, *grid)).astype(np.float16)
+        self.std = abs(random.normal(size=(count, 2, *grid))).astype(np.float16)
+        self.ids = [None if row in holes else name(start + row) for row in range(count)]
+        self.alt = [f"alt {start + row}" for row in range(count)]
+        self.model = [None if row % 5 == 0 else f"model {start + row}" for row in range(count)]
+        states = random.normal(size=(2, count, 4, 6)).astype(np.float16)
+        self.text = list(states) if text else []
+        layers = [LayerPlan(**plan.model_dump() | ({"text": TextIdentity(name="t", sha256="1")} if text else {}))
+                  for plan in (ALT, MODEL)]  # fmt: skip
+        self.part = part_from_arrays(
+            store, VAE, self.mean, self.std,
+            pa.table({"id": pa.array(self.ids, pa.string()), "url": [f"http://x/{start + r}" for r in range(count)]}),
+            list(zip(layers, (self.alt, self.model), strict=True)), self.text, chunk_bytes=96, shard_bytes=384,
+        )  # fmt: skip
+        self.valid = [row for row in range(count) if row not in holes]
+
+
+@pytest.fixture
+def store(tmp_path):
+    return open_store(str(tmp_path / "store"))
+
+
+class Remote:
+    """A local store that cannot be mapped, as S3 cannot: shards come through the cache."""
+
+    def __init__(self, store):
+        self.inner, self.url = store, store.url
+
+    def __getattr__(self, attribute):
+        if attribute == "path":
+            raise AssertionError("a remote store has no paths")
+        return getattr(self.inner, attribute)
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_gathers_what_was_written(store, tmp_path, remote):
+    a, b = Data(store, 0, 50, holes=(0, 17, 18, 49)), Data(store, 1000, 37)
+    wide = Data(store, 2000, 9, grid=(1, 4))
+    snapshot = publish(store, parent=None, parts=[a.part, wide.part, b.part], image_size=16)
+    reader = SnapshotReader(Remote(store) if remote else store, snapshot, tmp_path / "cache")
+    assert reader.counts == {(2, 3): 46 + 37, (1, 4): 9}
+    assert reader.grids == ((2, 3), (1, 4))
+    assert a.part.count == 46
+    mean = np.concatenate([a.mean[a.valid], b.mean])
+    std = np.concatenate([a.std[a.valid], b.std])
+    ids = [id for id in a.ids + b.ids if id]
+    for ordinals in (np.arange(83), np.random.default_rng(1).permutation(83), np.array([82, 0, 82, 46])):
+        batch = reader.gather((2, 3), ordinals)
+        assert np.array_equal(batch.mean, mean[ordinals])
+        assert np.array_equal(batch.std, std[ordinals])
+        assert batch.ids == [ids[i] for i in ordinals]
+        assert batch.text is None
+    assert np.array_equal(reader.gather((1, 4), np.arange(9)).mean, wide.mean)
+    assert list(reader.samples((2, 3), np.array([50, 3]))["url"].to_pylist()) == ["http://x/1004", "http://x/4"]
+
+
+def test_captions_are_drawn_by_weight_and_text_follows(store, tmp_path):
+    data = Data(store, 0, 40, holes=(3,), text=True)
+    reader = SnapshotReader(store, publish(store, parent=None, parts=[data.part], image_size=16), tmp_path / "cache")
+    ordinals = np.arange(39)
+    heaviest = reader.gather((2, 3), ordinals)
+    expected = [data.model[row] or data.alt[row] for row in data.valid]
+    assert heaviest.captions == expected
+    draws = np.random.default_rng(0).random((200, 39))
+    share = np.mean([[text.startswith("model") for text in reader.gather((2, 3), ordinals, d).captions] for d in draws])
+    assert share == pytest.approx(0.75 * np.mean([data.model[row] is not None for row in data.valid]), abs=0.02)
+    batch = reader.gather((2, 3), ordinals, draws[0])
+    states = [data.text[batch.captions[i].startswith("model")][row] for i, row in enumerate(data.valid)]
+    assert np.array_equal(batch.text, np.stack(states))
+    assert reader.text.encoder.name == "t"
+    assert reader.captions((2, 3), np.array([0, 1])) == [["alt 0"], ["model 1", "alt 1"]]
+
+
+def test_held_out_samples_stay_held_out(store, tmp_path):
+    a, b = Data(store, 0, 300, holes=(5,)), Data(store, 1000, 200)
+    first = publish(store, parent=None, parts=[a.part], image_size=16)
+    second = publish(store, parent=first, parts=[a.part, b.part], image_size=16)
+    ids = [id for id in a.ids + b.ids if id]
+    for fraction in (0.02, 0.125):
+        wanted = {id for id in ids if held_out_hash(id) < fraction * 2**16}
+        reader = SnapshotReader(store, second, tmp_path / "cache", held_out=fraction)
+        aside = reader.held_out_side()
+        assert set(aside.ids((2, 3), np.arange(aside.count((2, 3))))) == wanted
+        assert set(reader.ids((2, 3), np.arange(reader.count((2, 3))))) == set(ids) - wanted
+        old = SnapshotReader(store, first, tmp_path / "cache", held_out=fraction).held_out_side()
+        assert set(old.ids((2, 3), np.arange(old.count((2, 3))))) == wanted & set(a.ids)
+    with pytest.raises(ConfigError, match=r"held_out = 0\.5"):
+        SnapshotReader(store, second, tmp_path / "cache", held_out=0.5)
+
+
+def test_threads_share_a_reader(store, tmp_path):
+    data = Data(store, 0, 60)
+    snapshot = publish(store, parent=None, parts=[data.part], image_size=16)
+    reader, failures = SnapshotReader(Remote(store), snapshot, tmp_path / "cache"), []
+
+    def work(seed):
+        for ordinals in np.random.default_rng(seed).integers(0, 60, (20, 8)):
+            if not np.array_equal(reader.gather((2, 3), ordinals).mean, data.mean[ordinals]):
+                failures.append(ordinals)  # noqa: PERF401
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+def test_missing_and_damaged_shards_are_named(store, tmp_path):
+    data = Data(store, 0, 60)
+    snapshot = publish(store, parent=None, parts=[data.part], image_size=16)
+    assert isinstance(store, LocalStore)
+    key = f"parts/{data.part.id}/mean/c/1/0/0/0"
+    content = bytearray(store.read(key))
+    content[0] ^= 1
+    store.write(key, bytes(content))
+    with pytest.raises(CorruptError, match=key):
+        SnapshotReader(Remote(store), snapshot, tmp_path / "cache").gather((2, 3), np.arange(60))
+    store.delete([key])
+    with pytest.raises(CorruptError, match=key):
+        SnapshotReader(store, snapshot, tmp_path / "cache").gather((2, 3), np.arange(60))
+    reader = SnapshotReader(store, snapshot, tmp_path / "cache")
+    with pytest.raises(IndexError, match="60"):
+        reader.gather((2, 3), np.array([60]))
+
+
+def test_empty_batch(store, tmp_path):
+    data = Data(store, 0, 5)
+    reader = SnapshotReader(store, publish(store, parent=None, parts=[data.part], image_size=16), tmp_path / "cache")
+    batch = reader.gather((2, 3), np.empty(0, np.int64))
+    assert batch.mean.shape == (0, 2, 2, 3)
+    assert batch.ids == batch.captions == []
