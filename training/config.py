@@ -142,7 +142,31 @@ class TrainConfig(Config):
 
 #: Keys that may differ between a run's resumed parts: they change speed and bookkeeping, not the mathematics.
 RESUMABLE = frozenset(
-    "store ranks micro_batch_size zero_stage offload nvme_path compile checkpointing steps "
-    "checkpoint_every keep_newest keep_every save_timeout max_failed_saves validation_every validation_samples "
-    "max_skipped spike_factor max_restarts hang_timeout lease_seconds peak_tflops wandb_project cache snapshot".split()
+    {
+        "store",
+        "ranks",
+        "micro_batch_size",
+        "zero_stage",
+        "offload",
+        "nvme_path",
+        "compile",
+        "checkpointing",
+        "steps",
+        "checkpoint_every",
+        "keep_newest",
+        "keep_every",
+        "save_timeout",
+        "max_failed_saves",
+        "validation_every",
+        "validation_samples",
+        "max_skipped",
+        "spike_factor",
+        "max_restarts",
+        "hang_timeout",
+        "lease_seconds",
+        "peak_tflops",
+        "wandb_project",
+        "cache",
+        "snapshot",
+    }
 )

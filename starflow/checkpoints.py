@@ -1,0 +1,257 @@
+"""Checkpoints, the reading side: what sampling, scoring and export need, without the training stack.
+
+A checkpoint is a manifest ``runs/<run>/checkpoints/<step, nine digits>.json``, created last, that names its
+objects with size and SHA-256. Each rank of the run that wrote it left three safetensors objects: float32
+weights, their moving average and the optimizer's moments. A tensor in them is a fragment, a contiguous range of
+one flattened parameter, and is called ``<parameter>@<first index>`` (moments: ``exp_avg/<parameter>@<first
+index>``). So a checkpoint can be read whatever the number of ranks or the ZeRO stage it came from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from starflow import manifest
+from starflow.config import Config
+from starflow.errors import CorruptError, NotFoundError
+from starflow.manifest import ObjectRef
+from starflow.model import FlowConfig
+from starflow.objectstore import ObjectStore
+from starflow.snapshots import EncoderIdentity, VAEIdentity
+
+KIND, VERSION = "checkpoint", 1
+
+Weights = Literal["ema", "weights"]
+_BLOCK = 2**26
+
+
+class TrainedInfo(Config):
+    """What a model was trained on and with: sampling and scoring need the same."""
+
+    run: str
+    step: int = Field(description="Steps taken.")
+    samples: int = Field(description="Samples seen, repetitions counted.")
+    snapshot: str = Field(description="Id of the snapshot it was trained on.")
+    vae: VAEIdentity = Field(description="The VAE of the latents; its name is what starflow.encoders loads.")
+    text_encoder: str | None = Field(description="What starflow.encoders.load_text_encoder takes; none for no text.")
+    text_identity: EncoderIdentity | None = None
+    latent_noise: float = Field(description="Standard deviation of the noise that training added to latents.")
+    holdout_every: int = Field(description="Ordinals i of a grid with i % n == n - 1 were held out; 0: none were.")
+    attribution: str | None = Field(None, description="To be shown wherever pictures from this model appear.")
+
+
+class Shard(Config):
+    """The objects of one rank."""
+
+    weights: ObjectRef
+    ema: ObjectRef
+    optimizer: ObjectRef
+
+
+class Progress(Config):
+    """Everything but tensors that decides how training goes on."""
+
+    samples: int
+    optimizer_steps: int = Field(description="Updates applied; steps minus skipped batches.")
+    skipped: int = Field(0, description="Batches skipped so far.")
+    skipped_in_a_row: int = 0
+    usual_norm: float | None = Field(None, description="Running average of the gradient norm, for spikes.")
+    held_out: float | None = Field(None, description="Last held-out bits per dimension.")
+
+
+class Checkpoint(Config):
+    """A committed checkpoint's manifest."""
+
+    run: str
+    step: int
+    created: str
+    code: str = Field(description="Version of starflow that wrote it.")
+    ranks: int
+    zero_stage: int
+    shards: tuple[Shard, ...]
+    parameters: dict[str, tuple[int, ...]] = Field(description="Parameter name: shape.")
+    model: dict[str, Any] = Field(description="The architecture, FlowConfig.to_dict().")
+    trained: TrainedInfo
+    progress: Progress
+    config: dict[str, Any] = Field(description="The training configuration.")
+    metrics: ObjectRef = Field(description="metrics.jsonl up to this step.")
+
+    @property
+    def flow(self) -> FlowConfig:
+        """The architecture."""
+        return FlowConfig(**self.model)
+
+    def objects(self) -> Iterator[ObjectRef]:
+        """Every object that must be there."""
+        for shard in self.shards:
+            yield from (shard.weights, shard.ema, shard.optimizer)
+        yield self.metrics
+
+
+def checkpoint_key(run: str, step: int) -> str:
+    """Key of the manifest."""
+    return f"runs/{run}/checkpoints/{step:09d}.json"
+
+
+def list_runs(store: ObjectStore) -> list[str]:
+    """Names of the runs that the store knows, sorted."""
+    return sorted({info.key.split("/")[1] for info in store.list("runs/") if info.key.count("/") > 1})
+
+
+def list_steps(store: ObjectStore, run: str) -> list[int]:
+    """Steps of the run's committed checkpoints, ascending."""
+    names = (info.key.rpartition("/")[2] for info in store.list(f"runs/{run}/checkpoints/"))
+    return [int(name.removesuffix(".json")) for name in names if name.removesuffix(".json").isdigit()]
+
+
+def load_manifest(store: ObjectStore, run: str, step: int | Literal["newest"] = "newest") -> Checkpoint:
+    """The manifest of a checkpoint. Raises NotFoundError naming what there is."""
+    steps = list_steps(store, run)
+    wanted = steps[-1] if step == "newest" and steps else step
+    if wanted not in steps:
+        known = ", ".join(map(str, steps)) or "none"
+        raise NotFoundError(f"checkpoint {step} of run {run!r} is not in {store.url}; committed steps: {known}")
+    body = manifest.load(store, checkpoint_key(run, int(wanted)), KIND, VERSION)
+    return Checkpoint.model_validate(body)
+
+
+def verify(store: ObjectStore, checkpoint: Checkpoint) -> int:
+    """Reads every object and checks it; bytes read. Raises NotFoundError or CorruptError."""
+    total = 0
+    for ref in checkpoint.objects():
+        digest, size = hashlib.sha256(), 0
+        while block := store.read(ref.key, size, _BLOCK):
+            digest.update(block)
+            size += len(block)
+            if len(block) < _BLOCK:
+                break
+        manifest.check(store, ref, size, digest.hexdigest())
+        total += size
+    return total
+
+
+def load_checkpoint(
+    store: ObjectStore, run: str, step: int | Literal["newest"] = "newest", ema: bool = True
+) -> tuple[FlowConfig, dict[str, Tensor], TrainedInfo]:
+    """Architecture, float32 state dict (moving average or raw weights) and provenance of a checkpoint.
+
+    Raises NotFoundError or CorruptError.
+    """
+    checkpoint = load_manifest(store, run, step)
+    return checkpoint.flow, read_weights(store, checkpoint, "ema" if ema else "weights"), checkpoint.trained
+
+
+def read_weights(store: ObjectStore, checkpoint: Checkpoint, kind: Weights) -> dict[str, Tensor]:
+    """Whole float32 parameters by name; one shard at a time passes through a temporary folder."""
+    state = {name: torch.empty(shape) for name, shape in checkpoint.parameters.items()}
+    missing = {name: tensor.numel() for name, tensor in state.items()}
+    with tempfile.TemporaryDirectory(prefix="starflow-") as folder:
+        path = Path(folder) / "shard.safetensors"
+        for shard in checkpoint.shards:
+            manifest.download(store, getattr(shard, kind), path)
+            with FragmentReader([path]) as reader:
+                for name, start, values in reader.all():
+                    state[name].view(-1)[start : start + len(values)] = values
+                    missing[name] -= len(values)
+    _check_complete(checkpoint, missing)
+    return state
+
+
+def _check_complete(checkpoint: Checkpoint, missing: dict[str, int]) -> None:
+    wrong = [name for name, count in missing.items() if count]
+    if wrong:
+        raise CorruptError(
+            f"checkpoint {checkpoint.step} of run {checkpoint.run!r} does not hold {wrong[0]} exactly once "
+            f"({len(wrong)} such parameters); use an older checkpoint"
+        )
+
+
+class FragmentReader:
+    """Ranges of named parameters out of safetensors files whose tensors are called ``name@start``."""
+
+    def __init__(self, paths: Iterable[Path]) -> None:
+        self._files: list[Any] = []
+        self._index: dict[str, list[tuple[int, Any, str]]] = {}
+        for path in paths:
+            try:
+                file = safe_open(path, framework="pt")
+            except SafetensorError as error:
+                raise CorruptError(f"{path} is not a safetensors file: {error}") from error
+            self._files.append(file)
+            for key in file.keys():  # noqa: SIM118 - not a mapping
+                name, at, start = key.rpartition("@")
+                if at:
+                    self._index.setdefault(name, []).append((int(start), file, key))
+        for fragments in self._index.values():
+            fragments.sort(key=lambda fragment: fragment[0])
+
+    def __enter__(self) -> FragmentReader:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._index.clear()
+        self._files.clear()
+
+    def all(self) -> Iterator[tuple[str, int, Tensor]]:
+        """(name, start, (n,) values) of every fragment."""
+        for name, fragments in self._index.items():
+            for start, file, key in fragments:
+                yield name, start, file.get_tensor(key)
+
+    def read_into(self, name: str, start: int, out: Tensor) -> None:
+        """Fills `out` (n,) with the values from `start` on. Raises CorruptError for a gap."""
+        filled = 0
+        for first, file, key in self._index.get(name, []):
+            if first > start + filled:
+                break
+            view = file.get_slice(key)
+            (length,) = view.get_shape()
+            skip = start + filled - first
+            count = min(length - skip, len(out) - filled)
+            if count > 0:
+                out[filled : filled + count].copy_(view[skip : skip + count])
+                filled += count
+        if filled < len(out):
+            raise CorruptError(f"the checkpoint's files hold {filled} of {len(out)} values of {name} from {start} on")
+
+
+def fragments_in(header: bytes) -> dict[str, int]:
+    """Tensor name to number of values, from a safetensors header (JSON). Raises CorruptError."""
+    try:
+        entries = json.loads(header)
+        return {k: math.prod(v["shape"]) for k, v in entries.items() if k != "__metadata__"}
+    except (ValueError, KeyError, TypeError) as error:
+        raise CorruptError(f"unreadable safetensors header: {error}") from error
+
+
+def export(store: ObjectStore, checkpoint: Checkpoint, folder: Path, ema: bool = True) -> Path:
+    """Writes ``model.safetensors`` and ``config.json`` to `folder`; `load_exported` reads them back."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(read_weights(store, checkpoint, "ema" if ema else "weights"), folder / "model.safetensors")
+    text = json.dumps({"model": checkpoint.model, "trained": checkpoint.trained.model_dump()}, indent=1)
+    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+    return folder
+
+
+def load_exported(folder: Path) -> tuple[FlowConfig, dict[str, Tensor], TrainedInfo]:
+    """Reads what `export` wrote. Raises NotFoundError or CorruptError."""
+    try:
+        described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        state = load_file(folder / "model.safetensors")
+        return FlowConfig(**described["model"]), state, TrainedInfo.model_validate(described["trained"])
+    except FileNotFoundError as error:
+        raise NotFoundError(f"{folder} holds no exported model ({error.filename} is missing)") from error
+    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise CorruptError(f"{folder} is not an exported model: {error}") from error

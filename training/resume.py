@@ -1,0 +1,169 @@
+"""Continuing from the store: the newest committed checkpoint that verifies, on any ranks and ZeRO stage."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from pydantic import ValidationError
+from torch import Tensor
+
+from starflow import manifest
+from starflow.checkpoints import (
+    KIND,
+    VERSION,
+    Checkpoint,
+    FragmentReader,
+    Shard,
+    checkpoint_key,
+    fragments_in,
+    list_steps,
+)
+from starflow.errors import ConfigError, CorruptError, NotFoundError
+from starflow.objectstore import ObjectStore
+from training.checkpoint import random_states
+from training.config import RESUMABLE, TrainConfig
+from training.ema import EMA
+from training.engine import MOMENTS, Engine, Fragment
+
+log = logging.getLogger(__name__)
+
+
+def resume(store: ObjectStore, config: TrainConfig, engine: Engine, ema: EMA) -> Checkpoint | None:
+    """Fills engine and average from the run's newest good checkpoint; None when the run has none yet.
+
+    All ranks call it and agree on the step: what one of them cannot read and verify is set aside by rank 0,
+    and the one before is tried. Raises CorruptError when none is left, ConfigError for another configuration.
+    """
+    folder = config.folder / "resume" / str(dist.get_rank())
+    steps = [list_steps(store, config.run)]
+    dist.broadcast_object_list(steps, 0)
+    for step in reversed(steps[0]):
+        try:
+            checkpoint = _load(store, config.run, step)
+            check_same_run(config, engine, checkpoint)
+            reason = _download(store, checkpoint, engine, folder)
+        except (CorruptError, NotFoundError) as error:
+            checkpoint, reason = None, str(error)
+        reasons: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(reasons, reason)
+        if checkpoint is not None and not any(reasons):
+            fill(engine, ema, checkpoint, folder)
+            shutil.rmtree(folder)
+            return checkpoint
+        if dist.get_rank() == 0:
+            bad = next(reason for reason in reasons if reason)
+            log.warning("checkpoint %d is set aside, going back to the one before: %s", step, bad)
+            _set_aside(store, config.run, step)
+    if steps[0]:
+        raise CorruptError(
+            f"run {config.run!r} has checkpoints but none verifies ({', '.join(map(str, steps[0]))}); restore the "
+            f"objects named above in {store.url}, or start another run"
+        )
+    return None
+
+
+def check_same_run(config: TrainConfig, engine: Engine, checkpoint: Checkpoint) -> None:
+    """Raises ConfigError naming both sides when the checkpoint is not this configuration's."""
+    model = engine.flow.config.to_dict()
+    theirs = checkpoint.flow.to_dict()
+    for key in model:
+        if model[key] != theirs[key]:
+            raise ConfigError(
+                f"run {config.run!r} has a model with {key} = {theirs[key]}, the configuration asks for {model[key]}; "
+                "use the run's own configuration, or another run name"
+            )
+    check_same_config(config, checkpoint.config, f"run {config.run!r}")
+
+
+def check_same_config(config: TrainConfig, theirs: dict[str, object], whose: str) -> None:
+    """Raises ConfigError for keys that decide the result and differ from those of what is being resumed."""
+    mine = config.model_dump(mode="json")
+    for key in mine:
+        if key not in RESUMABLE and key in theirs and mine[key] != theirs[key]:
+            raise ConfigError(
+                f"{whose} was started with {key}={theirs[key]}, the configuration says {key}={mine[key]}; "
+                "resume with the first, or use another run name"
+            )
+
+
+def fill(engine: Engine, ema: EMA, checkpoint: Checkpoint, folder: Path) -> None:
+    """Fills masters, average and moments of this rank from the files in `folder`, then the model's weights."""
+    kinds = {kind: sorted(folder.glob(f"{kind}-*.safetensors")) for kind in Shard.model_fields}
+    fragments = engine.fragments
+    _read(kinds["weights"], "", fragments, [fragment.master for fragment in fragments])
+    _read(kinds["ema"], "", fragments, ema.averages)
+    for key in MOMENTS:
+        _read(kinds["optimizer"], f"{key}/", fragments, [getattr(fragment, key) for fragment in fragments])
+    engine.set_optimizer_steps(checkpoint.progress.optimizer_steps)
+    engine.publish_masters()
+    if checkpoint.ranks == dist.get_world_size():
+        _restore_random(folder / f"optimizer-{dist.get_rank():05d}.safetensors")
+
+
+def _read(paths: Iterable[Path], prefix: str, fragments: Sequence[Fragment], targets: Sequence[Tensor]) -> None:
+    with FragmentReader(paths) as reader, torch.no_grad():
+        for fragment, target in zip(fragments, targets, strict=True):
+            reader.read_into(prefix + fragment.name, fragment.start, target)
+
+
+def _restore_random(path: Path) -> None:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        saved = {name: file.get_tensor(name) for name in random_states() if name in file.keys()}  # noqa: SIM118
+    if "random/cpu" in saved:
+        torch.set_rng_state(saved["random/cpu"])
+    if "random/cuda" in saved:
+        torch.cuda.set_rng_state(saved["random/cuda"])
+
+
+def _load(store: ObjectStore, run: str, step: int) -> Checkpoint:
+    try:
+        return Checkpoint.model_validate(manifest.load(store, checkpoint_key(run, step), KIND, VERSION))
+    except ValidationError as error:
+        raise CorruptError(f"the manifest of checkpoint {step} of run {run!r} is malformed: {error}") from error
+
+
+def _download(store: ObjectStore, checkpoint: Checkpoint, engine: Engine, folder: Path) -> None:
+    """Brings the verified objects that this rank needs to `folder`."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for number in _needed(store, checkpoint, engine):
+        for kind in Shard.model_fields:
+            ref = getattr(checkpoint.shards[number], kind)
+            manifest.download(store, ref, folder / f"{kind}-{number:05d}.safetensors")
+
+
+def _needed(store: ObjectStore, checkpoint: Checkpoint, engine: Engine) -> list[int]:
+    """Shards that hold some of this rank's fragments: its own if the layout is the same."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    if (checkpoint.ranks, checkpoint.zero_stage) == (ranks, engine.config.zero_stage):
+        return [rank]
+    mine = {f.name: (f.start, f.start + len(f.master)) for f in engine.fragments}
+    needed = []
+    for number, shard in enumerate(checkpoint.shards):
+        length = int.from_bytes(store.read(shard.weights.key, 0, 8), "little")
+        if length > shard.weights.size:
+            raise CorruptError(f"{store.url}/{shard.weights.key} has no safetensors header; use an older checkpoint")
+        for key, count in fragments_in(store.read(shard.weights.key, 8, length)).items():
+            name, _, start = key.rpartition("@")
+            first, last = mine.get(name, (0, 0))
+            if first < int(start) + count and int(start) < last:
+                needed.append(number)
+                break
+    return needed
+
+
+def _set_aside(store: ObjectStore, run: str, step: int) -> None:
+    """Moves a bad manifest out of the way, so that the step can be committed anew."""
+    key = checkpoint_key(run, step)
+    if store.head(key) is not None:
+        store.write(f"runs/{run}/bad/{step:09d}.json", store.read(key))
+        store.delete([key])
+
+
