@@ -27,6 +27,7 @@ import psutil
 from pydantic import Field, ValidationError
 
 from infra import processes
+from infra.bootstrap import bootstrap
 from infra.processes import ProcessRef
 from infra.services import (
     BUCKET,
@@ -98,6 +99,8 @@ class LocalStack:
             self._choose_ports()
             self._start_all(progress)
             self._make_bucket()
+            progress("registering deployments")
+            bootstrap(self.state.env["PREFECT_API_URL"], self.state.store)
         return self.state
 
     def down(self) -> list[str]:
