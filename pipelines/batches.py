@@ -1,0 +1,333 @@
+"""One batch on its way through a refresh: fetched, captioned, filtered; each step is committed by a manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import shutil
+import tarfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipelines.captioners import AltText, Captioner
+from pipelines.config import RefreshConfig
+from pipelines.crawl import OUTCOME, fetch_batch
+from pipelines.ledger import get_table, put_table
+from pipelines.plan import ROWS, Batch
+from starflow import manifest
+from starflow.config import Config
+from starflow.errors import AlreadyExistsError, NotFoundError
+from starflow.images import ImageError, decode_image
+from starflow.manifest import ObjectRef
+from starflow.objectstore import ObjectStore
+
+VERSION = 1
+#: URLs kept as examples of each reason, for reports.
+EXAMPLES = 5
+_CAPTION_IMAGES = 64
+
+CAPTIONS = pa.list_(
+    pa.struct([("text", pa.string()), ("origin", pa.string()), ("version", pa.string()), ("weight", pa.float32())])
+)
+IMAGE = pa.struct([("key", pa.string()), ("offset", pa.int64()), ("size", pa.int64())])
+#: The table of kept samples, which encoding reads; `image` points at original bytes in an uncompressed tar.
+SAMPLES = pa.schema(
+    [
+        ("id", pa.string()),
+        ("url", pa.string()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("phash", pa.int64()),
+        ("licence", pa.string()),
+        ("extra", pa.string()),
+        ("captions", CAPTIONS),
+        ("image", IMAGE),
+    ]
+)
+
+
+class CrawlRecord(Config):
+    """What fetching a batch gave: the tar of original bytes and the table with one row a URL."""
+
+    images: ObjectRef | None
+    fetched: ObjectRef
+    statuses: dict[str, int]
+    reasons: dict[str, int]
+    examples: dict[str, list[str]]
+
+
+class CaptionRecord(Config):
+    """Captions of the batch's pictures: key, captions."""
+
+    captions: ObjectRef
+    captioner: str
+
+
+class FilterRecord(Config):
+    """The samples that were kept, and key and reason of those that were not."""
+
+    samples: ObjectRef
+    dropped: ObjectRef
+    count: int
+    reasons: dict[str, int]
+    examples: dict[str, list[str]]
+
+
+def load_record(store: ObjectStore, batch: Batch, record: type[Any]) -> Any:
+    """The batch's committed record of that type, or None."""
+    try:
+        body = manifest.load(store, _key(batch, record), record.__name__, VERSION)
+    except NotFoundError:
+        return None
+    return record.model_validate(body)
+
+
+def commit_record(store: ObjectStore, batch: Batch, record: Config) -> Any:
+    """Commits the record and returns it; or, when another process was first, the one that it committed."""
+    try:
+        manifest.commit(
+            store, _key(batch, type(record)), type(record).__name__, VERSION, record.model_dump(mode="json")
+        )
+    except AlreadyExistsError:
+        return load_record(store, batch, type(record))
+    return record
+
+
+def _key(batch: Batch, record: type[Any]) -> str:
+    return f"{batch.folder}{record.__name__.removesuffix('Record').lower()}.json"
+
+
+def crawl_batch(
+    store: ObjectStore,
+    batch: Batch,
+    config: RefreshConfig,
+    blocked: Callable[[str], str],
+    work: Path,
+    on_progress: Callable[[int], None],
+) -> CrawlRecord:
+    """Fetches a batch and commits original bytes and table; `blocked` gives the reason not to ask for a URL, or ""."""
+    rows = get_table(store, batch.rows)
+    reasons = np.array([blocked(url) for url in rows["url"].to_pylist()], dtype=object)
+    asked = np.flatnonzero(reasons == "")
+    folder, rules = work / "batch", work / "rules"
+    rules.mkdir(exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    outcomes = _refused(np.flatnonzero(reasons != ""), reasons)
+    if len(asked):
+        fetched = fetch_batch(
+            rows.take(asked), config.policy(), config.processes, config.threads, folder, rules, on_progress
+        )
+        numbers = pa.array(asked).take(fetched["row"])
+        outcomes = pa.concat_tables([outcomes, fetched.set_column(0, "row", numbers)])
+    table, tar = _pack(rows, outcomes.sort_by("row"), folder)
+    images = _upload(store, batch, tar) if tar is not None else None
+    shutil.rmtree(folder, ignore_errors=True)
+    failed = table.filter(pc.invert(pc.is_in(table["status"], pa.array(["ok", "unchanged"]))))
+    record = CrawlRecord(
+        images=images,
+        fetched=put_table(store, f"{batch.folder}fetched", table),
+        statuses=dict(Counter(table["status"].to_pylist())),
+        reasons=dict(Counter(failed["reason"].to_pylist())),
+        examples=examples(failed["reason"].to_pylist(), failed["url"].to_pylist()),
+    )
+    return commit_record(store, batch, record)  # type: ignore[no-any-return]
+
+
+def examples(reasons: list[str], urls: list[str]) -> dict[str, list[str]]:
+    """A few URLs of each reason."""
+    found: dict[str, list[str]] = {}
+    for reason, url in zip(reasons, urls, strict=True):
+        if reason and len(found.setdefault(reason, [])) < EXAMPLES:
+            found[reason].append(url)
+    return found
+
+
+def _refused(rows: np.ndarray, reasons: np.ndarray) -> pa.Table:
+    records = [{"row": int(row), "status": "blocked", "reason": reasons[row], "http": 0} for row in rows]
+    return pa.Table.from_pylist(records, OUTCOME)
+
+
+def _pack(rows: pa.Table, outcomes: pa.Table, folder: Path) -> tuple[pa.Table, Path | None]:
+    """(rows with their outcomes, tar of the original bytes in row order, or None without any).
+
+    The same bytes are stored once. Content that was known before is marked unchanged and not stored again.
+    """
+    tar_path = folder / "images.tar"
+    offsets: list[int | None] = []
+    statuses = outcomes["status"].to_pylist()
+    places: dict[str, int] = {}
+    known = rows["known_id"].to_pylist()
+    with _blobs(folder) as blob, _tar(tar_path, "ok" in statuses) as append:
+        fields = (outcomes[name].to_pylist() for name in ("id", "format", "shard", "offset", "size"))
+        for row, (content, kind, shard, offset, size) in enumerate(zip(*fields, strict=True)):
+            if statuses[row] == "ok" and content == known[row]:
+                statuses[row] = "unchanged"
+            if statuses[row] != "ok":
+                offsets.append(None)
+                continue
+            if content not in places:
+                places[content] = append(f"{content}.{kind}", blob(shard, offset, size))
+            offsets.append(places[content])
+    table = rows.drop_columns(["etag", "last_modified"])
+    for name in (
+        "reason",
+        "http",
+        "retry_after",
+        "etag",
+        "last_modified",
+        "id",
+        "phash",
+        "width",
+        "height",
+        "spread",
+        "size",
+    ):
+        table = table.append_column(outcomes.schema.field(name), outcomes[name])
+    table = table.append_column("status", pa.array(statuses, pa.string()))
+    table = table.append_column("offset", pa.array(offsets, pa.int64()))
+    return table.combine_chunks(), tar_path if places else None
+
+
+@contextmanager
+def _blobs(folder: Path) -> Iterator[Callable[[int, int, int], bytes]]:
+    """A reader of the original bytes that the crawl processes left: (shard, offset, size) to bytes."""
+    files: dict[int, Any] = {}
+
+    def read(shard: int, offset: int, size: int) -> bytes:
+        if shard not in files:
+            files[shard] = (folder / "output" / f"{shard:05d}.bin").open("rb")
+        files[shard].seek(offset)
+        return bytes(files[shard].read(size))
+
+    try:
+        yield read
+    finally:
+        for file in files.values():
+            file.close()
+
+
+@contextmanager
+def _tar(path: Path, needed: bool) -> Iterator[Callable[[str, bytes], int]]:
+    """A writer of an uncompressed tar: (name, bytes) to the offset of the bytes. No times, no owners: the same
+    members give the same file."""
+    if not needed:
+        yield lambda name, data: 0
+        return
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+
+        def append(name: str, data: bytes) -> int:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            offset = tar.offset + tarfile.BLOCKSIZE  # a short name's header is one block
+            tar.addfile(member, io.BytesIO(data))
+            return offset
+
+        yield append
+
+
+def _upload(store: ObjectStore, batch: Batch, tar: Path) -> ObjectRef:
+    with tar.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return manifest.upload(store, f"{batch.folder}images-{digest[:16]}.tar", tar)
+
+
+def caption_batch(
+    store: ObjectStore, batch: Batch, crawl: CrawlRecord, captioner: Captioner, config: RefreshConfig, work: Path
+) -> CaptionRecord:
+    """Captions the batch's pictures: with the list's own text, and with `captioner` if it is another one."""
+    table = get_table(store, crawl.fetched)
+    table = table.filter(pc.equal(table["status"], "ok"))
+    alts = AltText().caption([], table["caption"].to_pylist())
+    own_weight = 1.0 if isinstance(captioner, AltText) else config.alt_weight
+    layers = [(AltText.name, AltText.version, own_weight, alts)]
+    if not isinstance(captioner, AltText) and crawl.images is not None:
+        texts = _model_captions(store, crawl.images, table, alts, captioner, work)
+        layers.append((captioner.name, captioner.version, 1.0, texts))
+    captions = [
+        [
+            {"text": texts[row], "origin": origin, "version": version, "weight": weight}
+            for origin, version, weight, texts in layers
+            if texts[row]
+        ]
+        for row in range(len(table))
+    ]
+    result = pa.table({"key": table["key"], "captions": pa.array(captions, CAPTIONS)})
+    ref = put_table(store, f"{batch.folder}captions", result)
+    record = CaptionRecord(captions=ref, captioner=f"{captioner.name} {captioner.version}")
+    return commit_record(store, batch, record)  # type: ignore[no-any-return]
+
+
+def _model_captions(
+    store: ObjectStore, images: ObjectRef, table: pa.Table, alts: list[str], captioner: Captioner, work: Path
+) -> list[str]:
+    tar = work / "caption.tar"
+    manifest.download(store, images, tar)
+    texts = [""] * len(table)
+    places = list(zip(table["offset"].to_pylist(), table["size"].to_pylist(), strict=True))
+    with tar.open("rb") as file:
+        for first in range(0, len(table), _CAPTION_IMAGES):
+            pictures, positions = [], []
+            for row in range(first, min(first + _CAPTION_IMAGES, len(table))):
+                file.seek(places[row][0])
+                try:
+                    pictures.append(decode_image(file.read(places[row][1])))
+                except ImageError:  # counted when it is encoded
+                    continue
+                positions.append(row)
+            answers = captioner.caption(pictures, [alts[row] for row in positions])
+            for row, text in zip(positions, answers, strict=True):
+                texts[row] = " ".join(text.split())
+    tar.unlink()
+    return texts
+
+
+def candidates(store: ObjectStore, crawl: CrawlRecord, caption: CaptionRecord) -> pa.Table:
+    """The batch's fetched pictures with their captions: what filters look at."""
+    table = get_table(store, crawl.fetched)
+    table = table.filter(pc.equal(table["status"], "ok"))
+    captions = get_table(store, caption.captions)
+    return table.append_column("captions", captions["captions"])  # the same pictures in the same order
+
+
+def filter_batch(
+    store: ObjectStore, batch: Batch, crawl: CrawlRecord, rows: pa.Table, reasons: np.ndarray
+) -> FilterRecord:
+    """Commits the batch's samples: the `rows` of `candidates` whose reason is empty."""
+    kept = rows.filter(pa.array(reasons == ""))
+    images = [
+        {"key": crawl.images.key if crawl.images else "", "offset": offset, "size": size}
+        for offset, size in zip(kept["offset"].to_pylist(), kept["size"].to_pylist(), strict=True)
+    ]
+    columns = {name: kept[name] for name in SAMPLES.names if name != "image"}
+    samples = pa.table({**columns, "image": pa.array(images, IMAGE)}, schema=SAMPLES)
+    lost = pa.table({"key": rows["key"], "dropped": pa.array(list(reasons), pa.string())})
+    lost = lost.filter(pc.not_equal(lost["dropped"], ""))
+    record = FilterRecord(
+        samples=put_table(store, f"{batch.folder}samples", samples),
+        dropped=put_table(store, f"{batch.folder}dropped", lost),
+        count=len(samples),
+        reasons=dict(Counter(lost["dropped"].to_pylist())),
+        examples=examples(list(reasons), rows["url"].to_pylist()),
+    )
+    return commit_record(store, batch, record)  # type: ignore[no-any-return]
+
+
+def retry_rows(store: ObjectStore, crawl: CrawlRecord, max_attempts: int, patience: float) -> tuple[pa.Table, float]:
+    """(the batch's URLs worth asking again soon, as rows of a plan; seconds that their servers ask us to wait)."""
+    if not crawl.statuses.get("retry"):
+        return ROWS.empty_table(), 0.0
+    table = get_table(store, crawl.fetched)
+    wait = pc.fill_null(table["retry_after"], 0.0)
+    attempts = pc.add(table["attempts"], pa.scalar(1, pa.int16()))
+    chosen = pc.and_(pc.equal(table["status"], "retry"), pc.less_equal(wait, patience))
+    chosen = pc.and_(chosen, pc.less(attempts, max_attempts))
+    rows = table.set_column(table.schema.get_field_index("attempts"), "attempts", attempts).filter(chosen)
+    longest = pc.max(wait.filter(chosen)).as_py() or 0.0
+    return rows.select(ROWS.names).cast(ROWS), float(longest)

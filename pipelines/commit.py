@@ -1,0 +1,179 @@
+"""The end of a refresh: the snapshot is published, then the ledger records what was learned of each URL.
+
+A kill between the two is harmless: the ledger still names no end of this refresh, so the same command comes here again,
+publishes the same content, which is the same snapshot, and commits the ledger.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipelines import batches
+from pipelines.captioners import load_captioner
+from pipelines.filters import FILTERS_VERSION
+from pipelines.ledger import KEPT, MOMENT, SCHEMA, Spill, newest
+from pipelines.plan import Batch
+from pipelines.state import RefreshState
+from starflow import snapshots
+from starflow.errors import AlreadyExistsError, StarflowError
+from starflow.manifest import ObjectRef
+from starflow.snapshots import Part, Snapshot
+
+#: Reasons that speak of our network or crawler, not of the URL.
+_OURS = frozenset(("dns", "connection", "timeout", "robots_unavailable", "crawl_lost", "batch_time_limit"))
+_KEPT_ROWS = 2**20
+_MAX_BACKOFF_SECONDS = 30 * 86400
+
+
+def publish_snapshot(state: RefreshState) -> dict[str, Any]:
+    """Publishes and commits; sets `state.published` and `state.dropped`.
+
+    Raises StarflowError when nothing can be published: then the refresh is forgotten, and asked anew next time.
+    """
+    if not state.plans:
+        if state.parent is None:
+            raise StarflowError(
+                f"nothing in {state.config.urls} is new or due, and {state.store.url} holds no snapshot; "
+                "use another list or another store"
+            )
+        state.published = state.parent
+        return {"added": 0}
+    ledger_files, kept, dropped = _write_ledger(state)
+    state.dropped = dict(sorted(dropped.items()))
+    parts = list(state.encoded.parts) if state.encoded is not None else []
+    if not sum(part.count for part in parts):
+        _check_worth_keeping(state)
+        state.published = state.parent
+    else:
+        state.published = _publish(state, parts)
+    snapshot = state.published.id if state.published else None
+    state.ledger.commit(snapshot, ledger_files, kept)
+    return {"added": sum(part.count for part in parts), "snapshot": snapshot, "dropped": state.dropped}
+
+
+def _check_worth_keeping(state: RefreshState) -> None:
+    """Without a new sample, what was learned is worth keeping only beside a snapshot, and if it is about the URLs."""
+    reasons = set(state.dropped)
+    if state.parent is not None and not (reasons and reasons <= _OURS):
+        return
+    state.workspace.delete()
+    counted = ", ".join(f"{reason} {count}" for reason, count in state.dropped.items())
+    asked = sum(batch.count for plan in state.plans if not plan.round for batch in plan.batches)
+    remedy = "check the network, and allow_host for hosts of your own" if reasons <= _OURS else "check the list"
+    raise StarflowError(
+        f"none of {asked} URLs of {state.config.urls} gave a usable picture ({counted}); {remedy}, "
+        "then run the same command again"
+    )
+
+
+def _publish(state: RefreshState, parts: list[Part]) -> Snapshot:
+    try:
+        return _publish_on(state, state.parent, parts)
+    except AlreadyExistsError:
+        newest_one = snapshots.newest_snapshot(state.store)
+        assert newest_one is not None  # its number is taken
+        if {part.id for part in parts} <= {part.id for part in newest_one.parts}:
+            return newest_one  # ours, published before a kill, and more on top of it
+        if newest_one.takedowns != (state.parent.takedowns if state.parent else None):
+            # What was taken down since must not come back: filter again, on top of the takedown.
+            _unfilter(state)
+            raise
+        return _publish_on(state, newest_one, parts)
+
+
+def _publish_on(state: RefreshState, parent: Snapshot | None, parts: list[Part]) -> Snapshot:
+    config = state.config
+    captioner = load_captioner(config)
+    sources: Counter[str] = Counter()
+    for plan in state.plans:
+        sources.update(plan.sources)
+    return snapshots.publish(
+        state.store,
+        parent=parent,
+        parts=[*(parent.parts if parent else ()), *parts],
+        image_size=config.image_size,
+        dropped=state.dropped,
+        sources=sources,
+        versions={"captioner": f"{captioner.name} {captioner.version}", "filters": FILTERS_VERSION},
+        attribution=config.attribution or (parent.attribution if parent else None),
+    )
+
+
+def _unfilter(state: RefreshState) -> None:
+    keys = [f"{batch.folder}filter.json" for batch in state.batches]
+    state.store.delete(keys)
+
+
+def _write_ledger(
+    state: RefreshState,
+) -> tuple[dict[int, tuple[ObjectRef, ...]], tuple[ObjectRef, ...], Counter[str]]:
+    """(new files of each touched partition, files of kept pictures, URLs that gave no sample by reason)."""
+    spill = Spill(state.work / "learned", state.ledger.partitions)
+    for batch in state.batches:
+        spill.add(_learned(state, batch))
+    files: dict[int, tuple[ObjectRef, ...]] = {}
+    dropped: Counter[str] = Counter({"duplicate_url": sum(plan.duplicates for plan in state.plans)})
+    if state.encoded is not None:
+        dropped.update(state.encoded.dropped)
+    kept: list[pa.Table] = [KEPT.empty_table()]
+    for partition, rows in spill.read():
+        rows = newest(rows)
+        lost = pc.if_else(pc.equal(rows["reason"], ""), rows["dropped"], rows["reason"])
+        dropped.update(reason for reason in lost.to_pylist() if reason and reason != "unchanged")
+        fresh = pc.and_(pc.equal(rows["status"], "ok"), pc.equal(rows["dropped"], ""))
+        kept.append(rows.filter(fresh).select(KEPT.names))
+        files[partition] = state.ledger.write(partition, _revalidated(state, partition, rows))
+    return files, state.ledger.write_kept(pa.concat_tables(kept)), +dropped
+
+
+def _learned(state: RefreshState, batch: Batch) -> pa.Table:
+    """The batch's URLs as ledger rows; status ``unchanged`` is resolved later, beside the partition's old rows."""
+    crawl = batches.load_record(state.store, batch, batches.CrawlRecord)
+    filtered = batches.load_record(state.store, batch, batches.FilterRecord)
+    table = batches.get_table(state.store, crawl.fetched)
+    drops = batches.get_table(state.store, filtered.dropped)
+    place = pc.index_in(table["key"], drops["key"].combine_chunks())
+    attempts = pc.add(table["attempts"], pa.scalar(1, pa.int16()))
+    exhausted = pc.and_(pc.equal(table["status"], "retry"), pc.greater_equal(attempts, state.config.max_attempts))
+    status = pc.if_else(exhausted, "failed", table["status"])
+    columns = {
+        **{name: table[name] for name in SCHEMA.names if name in table.column_names},
+        "status": status,
+        "reason": pc.fill_null(table["reason"], ""),
+        "dropped": pc.fill_null(drops["dropped"].combine_chunks().take(place), ""),
+        "attempts": pc.if_else(pc.equal(status, "ok"), pa.scalar(0, pa.int16()), attempts),
+        "next_retry": _next_retry(state, status, attempts, table["retry_after"]),
+        "last_seen": pa.array([state.now] * len(table), MOMENT),
+    }
+    return pa.table({name: columns[name] for name in SCHEMA.names}, schema=SCHEMA)
+
+
+def _next_retry(state: RefreshState, status: pa.ChunkedArray, attempts: Any, asked: pa.ChunkedArray) -> pa.Array:
+    """When to try again: later each time, and not before the server's Retry-After."""
+    doubled = state.config.retry_after * 2.0 ** (attempts.to_numpy() - 1)
+    waits = np.maximum(np.minimum(doubled, _MAX_BACKOFF_SECONDS), pc.fill_null(asked, 0.0).to_numpy())
+    return pa.array(
+        [
+            state.now + timedelta(seconds=float(wait)) if each == "retry" else None
+            for each, wait in zip(status.to_pylist(), waits, strict=True)
+        ],
+        MOMENT,
+    )
+
+
+def _revalidated(state: RefreshState, partition: int, rows: pa.Table) -> pa.Table:
+    """Replaces rows whose content has not changed by what the ledger held, seen now."""
+    same = pc.equal(rows["status"], "unchanged")
+    if not pc.any(same).as_py():
+        return rows
+    old = state.ledger.read(partition)
+    old = old.filter(pc.is_in(old["key"], rows.filter(same)["key"].combine_chunks()))
+    seen = pa.array([state.now] * len(old), MOMENT)
+    old = old.set_column(SCHEMA.get_field_index("last_seen"), SCHEMA.field("last_seen"), seen)
+    return pa.concat_tables([rows.filter(pc.invert(same)), old])

@@ -1,0 +1,197 @@
+"""The configuration of a refresh: one flat model, which is also the form in the Prefect UI."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from pipelines.guard import FetchPolicy
+from pipelines.sources import Columns
+from starflow import __version__
+from starflow.config import Config
+
+#: The name that robots.txt and X-Robots-Tag rules address us by.
+AGENT_TOKEN = "starflow"
+#: X-Robots-Tag directives that keep a picture out (`none` means noindex and nofollow).
+OPT_OUT_DIRECTIVES = ("noai", "noimageai", "noml", "none", "noindex", "noimageindex")
+
+
+class RefreshConfig(Config):
+    """Where the pictures come from, what is kept of them, and how they are encoded."""
+
+    urls: str = Field(
+        title="URL list",
+        description="Parquet, CSV, TSV, JSON lines or text file, a folder or a glob of them; local or s3://.",
+        min_length=1,
+    )
+    store: str = Field(title="Store", description="Where snapshots live: a folder or s3://BUCKET/PREFIX.", min_length=1)
+    url_column: str = Field("url", title="URL column", description="Column with the picture's URL.")
+    caption_column: str | None = Field(
+        "caption", title="Caption column", description="Column with the alt text; null when there is none."
+    )
+    licence_column: str = Field(
+        "licence",
+        title="Licence column",
+        description="Column with the licence, carried through to each sample; a list may lack it.",
+    )
+    extra_columns: tuple[str, ...] = Field(
+        (), title="Extra columns", description="More columns to keep with each sample, as JSON."
+    )
+    attribution: str | None = Field(
+        None, title="Attribution", description="To be shown wherever the pictures or a model of them appear."
+    )
+
+    contact: str = Field(
+        "",
+        title="Contact",
+        description="E-mail address or web page in the user agent, so that site owners can reach you. "
+        "Required for every host that is not in allow_host.",
+        pattern=r"^[\x20-\x7e]*$",
+    )
+    allow_host: tuple[str, ...] = Field(
+        (),
+        title="Own hosts",
+        description="Hosts (NAME or NAME:PORT) that may have private addresses and are asked without limits.",
+    )
+    respect_robots: bool = Field(True, title="Respect robots.txt", description="Read and obey robots.txt.")
+    respect_tdm: bool = Field(
+        True, title="Respect TDM reservations", description="Obey the TDM reservation protocol of the W3C group."
+    )
+    opt_out_directives: tuple[str, ...] = Field(
+        OPT_OUT_DIRECTIVES, title="Opt-out directives", description="X-Robots-Tag directives that exclude a picture."
+    )
+    host_concurrency: int = Field(
+        4, title="Connections per host", description="At most so many at once to one host.", ge=1, le=256
+    )
+    host_rate: float = Field(
+        4.0, title="Requests per second and host", description="At most so many; 0 is no limit.", ge=0
+    )
+    processes: int = Field(2, title="Crawl processes", description="img2dataset processes.", ge=1, le=256)
+    threads: int = Field(64, title="Crawl threads", description="Threads of each crawl process.", ge=1, le=1024)
+    batch_size: int = Field(
+        10_000, title="Batch size", description="URLs of one img2dataset run; the unit that is resumed.", ge=1, le=10**6
+    )
+    fetch_seconds: float = Field(
+        15.0, title="Seconds per URL", description="All a URL may take, redirects and drips included.", gt=0, le=600
+    )
+    max_bytes: int = Field(
+        20 * 2**20, title="Bytes per picture", description="Larger answers are dropped.", ge=1, le=2**30
+    )
+    max_pixels: int = Field(2**26, title="Pixels per picture", description="Checked before decoding.", ge=1, le=2**30)
+    max_frames: int = Field(
+        100,
+        title="Frames per picture",
+        description="Longer animations are dropped; of others, the first frame counts.",
+        ge=1,
+    )
+    retry_rounds: int = Field(
+        1,
+        title="Retry rounds",
+        description="Time-outs, 429 and 5xx are asked again so often within a refresh.",
+        ge=0,
+        le=5,
+    )
+    retry_after: int = Field(
+        900, title="Retry after", description="Seconds until a later refresh may retry; doubles each time.", ge=0
+    )
+    max_attempts: int = Field(5, title="Attempts", description="After so many a URL is given up.", ge=1, le=100)
+    revalidate_days: float | None = Field(
+        None,
+        title="Re-validate after days",
+        description="Ask servers again, conditionally, after so long; null: never.",
+        ge=0,
+    )
+
+    captioner: str = Field(
+        "alt",
+        title="Captioner",
+        description="alt (the list's own text), an OpenAI-compatible http(s) endpoint, "
+        "or the Hugging Face id or path of an image-to-text model.",
+    )
+    captioner_model: str = Field("", title="Captioner model", description="Model name to ask an endpoint for.")
+    caption_prompt: str = Field(
+        "Describe this image in one sentence. Its alt text is: {alt}",
+        title="Caption prompt",
+        description="What an endpoint is asked; {alt} is the alt text.",
+    )
+    caption_concurrency: int = Field(
+        16, title="Caption concurrency", description="Requests at once to an endpoint.", ge=1, le=1024
+    )
+    alt_weight: float = Field(
+        0.5, title="Weight of alt texts", description="Share of training draws, beside a captioner's 1.", ge=0, le=1
+    )
+
+    min_size: int = Field(16, title="Minimum size", description="Pixels of the shorter side.", ge=1)
+    max_aspect_ratio: float = Field(4.0, title="Maximum aspect ratio", description="Longer side by shorter.", ge=1)
+    min_spread: float = Field(
+        1.0,
+        title="Minimum spread",
+        description="Standard deviation of grey levels (0 to 255); below it is blank.",
+        ge=0,
+    )
+    min_text: int = Field(1, title="Minimum text length", description="Characters of the longest caption.", ge=0)
+    max_text: int = Field(
+        2000, title="Maximum text length", description="Characters; longer captions are not descriptions.", ge=1
+    )
+    block_words: tuple[str, ...] = Field(
+        (), title="Blocked words", description="Whole words, any case, that exclude a sample when in a caption."
+    )
+    block_hosts: tuple[str, ...] = Field(
+        (), title="Blocked hosts", description="Hosts, with their subdomains, that are never asked."
+    )
+    scripts: tuple[str, ...] = Field(
+        (), title="Scripts", description="Keep captions mostly in these Unicode scripts, such as LATIN; empty: any."
+    )
+    near_duplicates: int | None = Field(
+        None,
+        title="Near-duplicate distance",
+        description="Drop pictures whose perceptual hash differs in at most so many of 64 bits from a kept one; "
+        "null: only identical bytes are duplicates.",
+        ge=0,
+        le=3,
+    )
+    score: str | None = Field(
+        None, title="Score", description="module:function that takes pictures and captions and gives a score each."
+    )
+    min_score: float = Field(0.0, title="Minimum score", description="Samples that score less are dropped.")
+
+    image_size: int = Field(32, title="Image size", description="Pictures of about so many pixels squared.", ge=8)
+    vae: str = Field("emoji", title="VAE", description="emoji (embedded), or a Hugging Face id or path.")
+    text_encoder: str | None = Field(
+        "minilm",
+        title="Text encoder",
+        description="Stores the text states of a small encoder: minilm (embedded), a Hugging Face id or path; "
+        "null: the trainer computes them.",
+    )
+    text_length: int = Field(16, title="Text length", description="Tokens of stored text states.", ge=1, le=512)
+    actors: int = Field(2, title="Encode actors", description="Ray actors that encode.", ge=1, le=4096)
+    ledger_partitions: int = Field(
+        16,
+        title="Ledger partitions",
+        description="Fixed by the first refresh; 4096 suits a billion URLs.",
+        ge=1,
+        le=65536,
+    )
+
+    def columns(self) -> Columns:
+        """The mapping of the list's columns."""
+        return Columns(
+            url=self.url_column, caption=self.caption_column, licence=self.licence_column, extra=self.extra_columns
+        )
+
+    def policy(self) -> FetchPolicy:
+        """What a fetch may do."""
+        contact = f" (+{self.contact})" if self.contact else ""
+        return FetchPolicy(
+            user_agent=f"{AGENT_TOKEN}/{__version__}{contact}",
+            agent_token=AGENT_TOKEN,
+            allow_host=self.allow_host,
+            max_bytes=self.max_bytes,
+            seconds=self.fetch_seconds,
+            max_pixels=self.max_pixels,
+            max_frames=self.max_frames,
+            robots=self.respect_robots,
+            tdm=self.respect_tdm,
+            opt_out=tuple(directive.lower() for directive in self.opt_out_directives),
+            host_concurrency=self.host_concurrency,
+            host_rate=self.host_rate,
+        )

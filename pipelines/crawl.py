@@ -1,0 +1,203 @@
+"""Fetches one batch of URLs: img2dataset in a subprocess with a hard limit, its statistics verified."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import zlib
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines.guard import FetchPolicy
+from pipelines.urls import host_of
+from starflow.config import Config
+from starflow.errors import StarflowError
+
+#: What a site says about its content, as opposed to a failure: recorded as an opt-out, never asked again.
+OPT_OUT_REASONS = frozenset(("x_robots_tag", "tdm_reservation", "robots_txt"))
+
+#: One row per URL; `shard`, `offset` and `size` say where its original bytes lie.
+OUTCOME = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("status", pa.string()),  # ok, unchanged, opt_out, retry, failed
+        ("reason", pa.string()),
+        ("http", pa.int16()),
+        ("retry_after", pa.float32()),
+        ("etag", pa.string()),
+        ("last_modified", pa.string()),
+        ("id", pa.string()),
+        ("phash", pa.int64()),
+        ("format", pa.string()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("spread", pa.float32()),
+        ("shard", pa.int32()),
+        ("offset", pa.int64()),
+        ("size", pa.int64()),
+    ]
+)
+
+#: What the subprocess sees of our environment: no credentials, whatever they are called, and no proxies.
+_ENVIRONMENT = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "PYTHONPATH", "SSL_CERT_FILE", "SSL_CERT_DIR")
+_START_SECONDS = 120.0
+
+
+class CrawlJob(Config):
+    """One batch: folders of the input Parquet files and of the output, and how to fetch."""
+
+    input: str
+    output: str
+    rules_cache: str
+    processes: int
+    threads: int
+    shard_rows: int
+    policy: FetchPolicy
+
+
+def fetch_batch(
+    urls: pa.Table,
+    policy: FetchPolicy,
+    processes: int,
+    threads: int,
+    folder: Path,
+    rules_cache: Path,
+    on_progress: Callable[[int], None] = lambda done: None,
+    limit: float | None = None,
+) -> pa.Table:
+    """Fetches `urls` (columns url, etag, last_modified) into `folder` and returns one OUTCOME row each, in order.
+
+    Original bytes of shard s lie in ``folder/output/<s:05d>.bin``. The subprocess is stopped after `limit` seconds
+    (default: what the slowest permitted answers take); what it had not finished is to be retried.
+    Raises StarflowError when it ends without any result at all.
+    """
+    shards = _split(urls, policy, processes)
+    job = CrawlJob(
+        input=str(folder / "input"),
+        output=str(folder / "output"),
+        rules_cache=str(rules_cache),
+        processes=min(processes, len(shards)),
+        threads=threads,
+        shard_rows=max(2, *(len(rows) for rows in shards)),
+        policy=policy,
+    )
+    (folder / "input").mkdir(parents=True)
+    for index, rows in enumerate(shards):
+        shard = urls.take(rows).select(["url", "etag", "last_modified"])
+        pq.write_table(shard.append_column("row", pa.array(rows)), folder / "input" / f"{index:05d}.parquet")
+    (folder / "job.json").write_text(job.model_dump_json(), encoding="utf-8")
+    timed_out = _run(folder, on_progress, limit or _limit(urls, policy, processes * threads))
+    outcomes = [_verified(folder / "output", index, rows) for index, rows in enumerate(shards)]
+    if not timed_out and all(outcome is None for outcome in outcomes):
+        raise StarflowError(
+            f"the crawl subprocess ended without a result: {_last_line(folder / 'crawl.log')}; "
+            "run `starflow doctor`, and check free space and memory"
+        )
+    reason = "batch_time_limit" if timed_out else "crawl_lost"
+    tables = [
+        outcome if outcome is not None else _lost(rows, reason) for outcome, rows in zip(outcomes, shards, strict=True)
+    ]
+    return pa.concat_tables(tables).sort_by("row")
+
+
+def _split(urls: pa.Table, policy: FetchPolicy, processes: int) -> list[np.ndarray]:
+    """Row numbers per process. A site is asked by one process only, because limits per host are counted in a process;
+    rows of the operator's own hosts, which have no limit, are dealt evenly."""
+    own = {entry.rsplit(":", 1)[0] if entry.count(":") == 1 else entry for entry in policy.allow_host}
+    hosts = [host_of(url) for url in urls["url"].to_pylist()]
+    owners = np.array([row if host in own else zlib.crc32(host.encode()) for row, host in enumerate(hosts)])
+    shards = [np.flatnonzero(owners % processes == index) for index in range(processes)]
+    return [rows for rows in shards if len(rows)]
+
+
+def _limit(urls: pa.Table, policy: FetchPolicy, threads: int) -> float:
+    """Seconds for a batch in which every URL uses all its time and the busiest host its whole rate, and a half more."""
+    hosts = Counter(host_of(url) for url in urls["url"].to_pylist())
+    busiest = max(hosts.values())
+    at_rate = busiest / policy.host_rate if policy.host_rate else 0.0
+    in_turn = policy.seconds * max(-(-len(urls) // threads), -(-busiest // policy.host_concurrency))
+    return _START_SECONDS + 1.5 * (at_rate + in_turn + 3 * policy.seconds)
+
+
+def _run(folder: Path, on_progress: Callable[[int], None], limit: float) -> bool:
+    """Runs the job to its end; True when it had to be stopped."""
+    environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
+    environment |= {
+        "NO_ALBUMENTATIONS_UPDATE": "1",
+        "OMP_NUM_THREADS": "1",
+        "WANDB_MODE": "disabled",
+        "RES_OPTIONS": "timeout:3 attempts:2",  # glibc's resolver has no other bound
+    }
+    deadline = time.monotonic() + limit
+    code = "import sys; from pipelines.crawl_worker import main; main(sys.argv[1])"
+    with (folder / "crawl.log").open("wb") as log:
+        # A session of its own, so that all its processes can be stopped together; it watches its stdin
+        # and stops by itself when this process is gone.
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, str(folder / "job.json")],
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        )
+        try:
+            while time.monotonic() < deadline:
+                try:
+                    process.wait(timeout=0.2)
+                except subprocess.TimeoutExpired:
+                    on_progress(_done(folder / "output"))
+                else:
+                    return False
+            return True
+        finally:
+            _stop(process)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    with suppress(ProcessLookupError):  # ended by itself, with all its children
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    if process.stdin is not None:
+        process.stdin.close()
+
+
+def _done(output: Path) -> int:
+    return sum(int(path.read_text() or 0) for path in output.glob("*.done"))
+
+
+def _verified(output: Path, index: int, rows: np.ndarray) -> pa.Table | None:
+    """The shard's outcomes, or None unless they and img2dataset's statistics both account for every URL."""
+    stats_file, table_file = output / f"{index:05d}_stats.json", output / f"{index:05d}.parquet"
+    try:
+        stats = json.loads(stats_file.read_text(encoding="utf-8"))
+        table = pq.read_table(table_file, schema=pa.schema([f for f in OUTCOME if f.name != "shard"]))
+    except (FileNotFoundError, ValueError, pa.ArrowInvalid):
+        return None
+    counted = (stats["count"], stats["successes"])
+    successes = sum(status == "ok" for status in table["status"].to_pylist())
+    found = np.sort(table["row"].to_numpy())
+    if counted != (len(rows), successes) or not np.array_equal(found, rows):
+        return None
+    shard = pa.array([index] * len(table), pa.int32())
+    return table.append_column("shard", shard).select(OUTCOME.names)
+
+
+def _lost(rows: np.ndarray, reason: str) -> pa.Table:
+    records = [{"row": int(row), "status": "retry", "reason": reason, "http": 0} for row in rows]
+    return pa.Table.from_pylist(records, OUTCOME)
+
+
+def _last_line(log: Path) -> str:
+    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    return lines[-1].strip() if lines else "it printed nothing"

@@ -1,0 +1,306 @@
+"""A refresh: plan, crawl, caption, filter, encode, publish.
+
+Each stage is a plain function on the shared state. It commits what it makes and skips what is committed, so that the
+same command again, after any kill, goes on where it stopped and ends with the same snapshot. The command line and
+the Prefect flow run the same list of stages.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipelines import batches
+from pipelines.captioners import load_captioner
+from pipelines.commit import publish_snapshot
+from pipelines.config import RefreshConfig
+from pipelines.duplicates import find_duplicates
+from pipelines.filters import apply_filters, build_filters
+from pipelines.plan import Batch, Plan, plan_list
+from pipelines.state import OnEvent, RefreshState
+from starflow.config import Config
+from starflow.errors import StarflowError
+
+#: Answers with a longer Retry-After wait for the next refresh, in seconds.
+PATIENCE_SECONDS = 30.0
+#: Pictures whose duplicates are looked for in one pass over those kept before.
+WINDOW_ROWS = 2**21
+
+Counts = dict[str, Any]
+
+
+class RefreshResult(Config):
+    """What a refresh did; `added` is 0 and `snapshot` the parent when nothing was new."""
+
+    snapshot: str
+    parent: str | None
+    added: int
+    kept: int
+    total: int
+    dropped: dict[str, int]
+    seconds: dict[str, float]
+
+
+def plan(state: RefreshState) -> Counts:
+    """Finds the URLs of the list that are new or due."""
+    plan = plan_list(
+        state.config,
+        state.ledger,
+        state.workspace,
+        state.plans,
+        state.parent.id if state.parent else None,
+        state.now,
+        state.work,
+        lambda done: state.progress("plan", done, None),
+    )
+    if plan is not None:
+        state.plans.append(plan)
+    planned = sum(batch.count for batch in state.batches)
+    return {"urls": planned, "batches": len(state.batches)}
+
+
+def crawl(state: RefreshState) -> Counts:
+    """Fetches every batch of every plan, then plans and fetches what is worth another try."""
+    statuses: Counter[str] = Counter()
+    reasons: Counter[str] = Counter()
+    done = 0
+    plans = list(state.plans)
+    while plans:
+        for batch in [batch for plan in plans for batch in plan.batches]:
+            record = _crawl_one(state, batch, done)
+            done += batch.count
+            statuses.update(record.statuses)
+            reasons.update(record.reasons)
+            state.on_event(
+                {"event": "batch", "stage": "crawl", "batch": batch.folder, **record.model_dump(mode="json")}
+            )
+        plans = _plan_retries(state)
+    return {"statuses": dict(statuses), "reasons": dict(reasons)}
+
+
+def _crawl_one(state: RefreshState, batch: Batch, before: int) -> batches.CrawlRecord:
+    record = batches.load_record(state.store, batch, batches.CrawlRecord)
+    if record is not None:
+        return record  # type: ignore[no-any-return]
+
+    def on_progress(done: int) -> None:
+        state.progress("crawl", before + done, sum(batch.count for batch in state.batches))
+
+    return batches.crawl_batch(state.store, batch, state.config, state.blocked, state.work, on_progress)
+
+
+def _plan_retries(state: RefreshState) -> list[Plan]:
+    """A plan with the failures of the plans that no retry plan covers yet, when there are any."""
+    covered = {number for plan in state.plans for number in plan.covers}
+    open_plans = [plan for plan in state.plans if plan.number not in covered and plan.round < state.config.retry_rounds]
+    waits = [0.0]
+
+    def rows() -> Iterator[pa.Table]:
+        for batch in [batch for plan in open_plans for batch in plan.batches]:
+            record = batches.load_record(state.store, batch, batches.CrawlRecord)
+            again, wait = batches.retry_rows(state.store, record, state.config.max_attempts, PATIENCE_SECONDS)
+            waits.append(wait)
+            yield again
+
+    found = state.workspace.write_batches(len(state.plans), rows(), state.config.batch_size)
+    if not found:
+        return []
+    following = Plan(
+        number=len(state.plans),
+        round=max(plan.round for plan in open_plans) + 1,
+        covers=tuple(plan.number for plan in open_plans),
+        moment=state.now,
+        parent=state.plans[0].parent,
+        batches=found,
+    )
+    state.workspace.commit(following)
+    state.plans.append(following)
+    time.sleep(max(waits))  # what the servers asked for in Retry-After
+    return [following]
+
+
+def caption(state: RefreshState) -> Counts:
+    """Captions the pictures of every batch."""
+    captioner = load_captioner(state.config)
+    for number, batch in enumerate(state.batches):
+        if batches.load_record(state.store, batch, batches.CaptionRecord) is None:
+            record = batches.load_record(state.store, batch, batches.CrawlRecord)
+            batches.caption_batch(state.store, batch, record, captioner, state.config, state.work)
+        state.progress("caption", number + 1, len(state.batches))
+    return {"captioner": f"{captioner.name} {captioner.version}"}
+
+
+def filter_(state: RefreshState) -> Counts:
+    """Filters every batch: by each picture's own record, then duplicates, then the score."""
+    reasons: Counter[str] = Counter()
+    examples: dict[str, list[str]] = {}
+    done = 0
+    for window in _windows(state.batches):
+        records = [batches.load_record(state.store, batch, batches.FilterRecord) for batch in window]
+        if None in records:
+            records = _filter_window(state, window)
+        for record in records:
+            reasons.update(record.reasons)
+            for reason, urls in record.examples.items():
+                examples.setdefault(reason, []).extend(urls)
+        done += len(window)
+        state.progress("filter", done, len(state.batches))
+    return {
+        "reasons": dict(reasons),
+        "examples": {reason: urls[: batches.EXAMPLES] for reason, urls in examples.items()},
+    }
+
+
+def _windows(found: list[Batch]) -> Iterator[list[Batch]]:
+    window: list[Batch] = []
+    for batch in found:
+        if window and sum(b.count for b in window) + batch.count > WINDOW_ROWS:
+            yield window
+            window = []
+        window.append(batch)
+    if window:
+        yield window
+
+
+def _filter_window(state: RefreshState, window: list[Batch]) -> list[batches.FilterRecord]:
+    filters = build_filters(state.config)
+    crawls = [batches.load_record(state.store, batch, batches.CrawlRecord) for batch in window]
+    tables, verdicts = [], []
+    for batch, record in zip(window, crawls, strict=True):
+        captions = batches.load_record(state.store, batch, batches.CaptionRecord)
+        rows = batches.candidates(state.store, record, captions)
+        reasons = apply_filters(rows, filters)
+        reasons[state.takedowns.blocks(rows["id"].to_pylist(), rows["url"].to_pylist())] = "takedown"
+        tables.append(rows)
+        verdicts.append(reasons)
+    _mark_duplicates(state, window, tables, verdicts)
+    return [batches.filter_batch(state.store, *parts) for parts in zip(window, crawls, tables, verdicts, strict=True)]
+
+
+def _mark_duplicates(
+    state: RefreshState, window: list[Batch], tables: list[pa.Table], verdicts: list[np.ndarray]
+) -> None:
+    """Sets the reason of duplicates, in place: of pictures kept before, of earlier windows, and within this one."""
+
+    def kept() -> Iterator[pa.Table]:
+        yield from state.ledger.kept()
+        for batch in state.batches[: state.batches.index(window[0])]:
+            record = batches.load_record(state.store, batch, batches.FilterRecord)
+            yield batches.get_table(state.store, record.samples).select(["id", "phash"])
+
+    alive = [pa.array(reasons == "") for reasons in verdicts]
+    new = pa.concat_tables(
+        [table.select(["id", "phash"]).filter(mask) for table, mask in zip(tables, alive, strict=True)]
+    )
+    found = np.array(["", "duplicate", "near_duplicate"], dtype=object)[
+        find_duplicates(new, kept(), state.config.near_duplicates)
+    ]
+    position = 0
+    for reasons in verdicts:
+        places = np.flatnonzero(reasons == "")
+        reasons[places] = found[position : position + len(places)]
+        position += len(places)
+
+
+def encode(state: RefreshState) -> Counts:
+    """Encodes the kept samples into parts."""
+    from pipelines.encode import EncodeConfig
+    from pipelines.encode import encode as encode_tables
+
+    records = [batches.load_record(state.store, batch, batches.FilterRecord) for batch in state.batches]
+    tables = [record.samples.key for record in records if record.count]
+    if not tables:
+        return {}
+    names = set(EncodeConfig.model_fields) & set(RefreshConfig.model_fields)
+    config = EncodeConfig(**{name: getattr(state.config, name) for name in names})
+    state.encoded = encode_tables(
+        state.store,
+        tables,
+        config,
+        f"{state.workspace.prefix}encode/{_digest(tables, config)}",
+        lambda done, total: state.progress("encode", done, total),
+    )
+    return {"parts": len(state.encoded.parts), "dropped": dict(state.encoded.dropped)}
+
+
+def _digest(tables: list[str], config: Config) -> str:
+    """Names the encode work by what it is for: a list or settings that change meanwhile are other work."""
+    return hashlib.sha256(f"{tables}{config.model_dump_json()}".encode()).hexdigest()[:16]
+
+
+def publish(state: RefreshState) -> Counts:
+    """Commits the snapshot, then the ledger."""
+    return publish_snapshot(state)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of a refresh; `run` returns counts to show."""
+
+    name: str
+    run: Callable[[RefreshState], Counts]
+
+
+STAGES = (
+    Stage("plan", plan),
+    Stage("crawl", crawl),
+    Stage("caption", caption),
+    Stage("filter", filter_),
+    Stage("encode", encode),
+    Stage("publish", publish),
+)
+
+
+def run_stage(state: RefreshState, stage: Stage) -> Counts:
+    """Runs one stage between its two events. Raises StarflowError; disk space that ran out is one, too."""
+    started = time.monotonic()
+    state.on_event({"event": "stage", "stage": stage.name, "state": "started"})
+    try:
+        counts = stage.run(state)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise StarflowError(
+            f"the disk under {state.work} is full; free space or set TMPDIR, then run the same command again"
+        ) from error
+    seconds = round(time.monotonic() - started, 3)
+    state.seconds[stage.name] = seconds
+    state.on_event({"event": "stage", "stage": stage.name, "state": "done", "seconds": seconds, "counts": counts})
+    return counts
+
+
+def refresh(config: RefreshConfig, on_event: OnEvent = lambda event: None) -> RefreshResult:
+    """Runs all stages. Raises StarflowError when there is nothing to publish, or the store or the list fails."""
+    with tempfile.TemporaryDirectory(prefix="starflow-refresh-") as work:
+        state = RefreshState(config, Path(work), on_event)
+        for stage in STAGES:
+            run_stage(state, stage)
+        return result(state)
+
+
+def result(state: RefreshState) -> RefreshResult:
+    """What the finished refresh did."""
+    snapshot = state.published
+    if snapshot is None:
+        raise StarflowError(f"the refresh of {state.store.url} has not been published; run its publish stage first")
+    new = snapshot.id != (state.parent.id if state.parent else None)
+    counts = snapshot.counts
+    return RefreshResult(
+        snapshot=snapshot.id,
+        parent=snapshot.parent,
+        added=counts.added if new else 0,
+        kept=counts.kept if new else counts.total,
+        total=counts.total,
+        dropped=state.dropped,
+        seconds=state.seconds,
+    )
