@@ -23,8 +23,7 @@ log |dx/dz| = +log sigma, per element (B, T, D), unreduced, one tensor per block
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -37,90 +36,15 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-#: Rotary angles that encode the text index; the others are shared evenly by row and column.
-TEXT_ANGLES = 8
+from starflow.architecture import TEXT_ANGLES
+from starflow.architecture import FlowConfig as FlowConfig  # its public home is here
+
 #: The head's pre-activations pass through CLIP * tanh(v / CLIP).
 CLIP = 4.0
 #: softplus(0 + SIGMA_SHIFT) = 1: a head of zeros leaves its token unchanged.
 SIGMA_SHIFT = 0.541324854612918
 
 Checkpointing = Literal["none", "selective", "full"]
-
-
-@dataclass(frozen=True)
-class FlowConfig:
-    """The architecture; two models with equal configs have the same parameters.
-
-    width: model width M.
-    layers: transformer layers of each block, data -> noise; the last block is the deep one.
-    channels: latent channels C.
-    patch: side p of a patch, in latent cells; a token holds C p^2 values.
-    grid: nominal latent grid (H, W) in latent cells (not tokens); other grids work, positions are relative to it.
-    text_length, text_width: tokens L and width E of the text encoder's states; 0 and 0 without text.
-    classes: labels of a class-conditional model (one more embedding, the last, means "no label"); 0 without.
-    head_dim: width d of an attention head.
-    """
-
-    width: int
-    layers: tuple[int, ...]
-    channels: int = 4
-    patch: int = 1
-    grid: tuple[int, int] = (32, 32)
-    text_length: int = 0
-    text_width: int = 0
-    classes: int = 0
-    head_dim: int = 64
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "layers", tuple(self.layers))
-        object.__setattr__(self, "grid", tuple(self.grid))
-        if self.width % self.head_dim or min(self.width, self.head_dim) < 1:
-            raise ValueError(f"width {self.width} is not a multiple of head_dim {self.head_dim}")
-        if self.head_dim % 4 or self.head_dim <= 2 * TEXT_ANGLES:
-            raise ValueError(f"head_dim {self.head_dim} must be a multiple of 4 above {2 * TEXT_ANGLES}")
-        if not self.layers or min(self.layers) < 1:
-            raise ValueError(f"layers {self.layers} must name at least one block of at least one layer")
-        if (self.text_length > 0) != (self.text_width > 0):
-            raise ValueError(f"text_length {self.text_length} and text_width {self.text_width}: set both or none")
-        if self.text_length and self.classes:
-            raise ValueError(f"text_length {self.text_length} and classes {self.classes}: set one of them")
-        if self.channels < 1:
-            raise ValueError(f"channels {self.channels} must be at least 1")
-        self.tokens(*self.grid)
-
-    @classmethod
-    def from_released(cls, released: Mapping[str, Any]) -> FlowConfig:
-        """Reads the keys of the released architecture files (`img_size`, `channels`, `txt_size`, ...)."""
-        return cls(
-            width=released["channels"],
-            layers=tuple(released["layers"]),
-            channels=released.get("in_channels", 4),
-            patch=released["patch_size"],
-            grid=(released["img_size"], released["img_size"]),
-            text_length=released.get("txt_size", 0),
-            text_width=released.get("txt_dim", 0) if released.get("txt_size", 0) else 0,
-            head_dim=released.get("head_dim", 64),
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON types only; `FlowConfig(**config.to_dict()) == config`."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
-
-    @property
-    def token_width(self) -> int:
-        """D, the values in one token."""
-        return self.channels * self.patch**2
-
-    @property
-    def prefix_length(self) -> int:
-        """L, the tokens in front of the image in the deep block: text, one label, or none."""
-        return 1 if self.classes else self.text_length
-
-    def tokens(self, height: int, width: int) -> tuple[int, int]:
-        """Token grid (H/p, W/p) of a latent grid. Raises ValueError when it does not divide."""
-        if min(height, width) < 1 or height % self.patch or width % self.patch:
-            raise ValueError(f"latent grid {height} x {width} is not divisible by patch {self.patch}")
-        return height // self.patch, width // self.patch
 
 
 class FlowOutput(NamedTuple):
@@ -190,6 +114,27 @@ def rotate(x: Tensor, rotary: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
+class KeyValues:
+    """Preallocated keys (already rotated) and values of one layer while it runs token by token.
+
+    keys, values: (R, S, N, d) for R rows and at most S positions. The caller sets `start`, the position of the
+    next call's first token, and `mask` (n, start + n), additive, when that call has n > 1 tokens.
+    """
+
+    def __init__(self, rows: int, length: int, heads: int, head_dim: int, like: Tensor) -> None:
+        self.keys = like.new_empty(rows, length, heads, head_dim)
+        self.values = torch.empty_like(self.keys)
+        self.start = 0
+        self.mask: Tensor | None = None
+
+    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Stores k, v (R, n, N, d) at `start` and returns all up to there; earlier calls' later tokens are dropped."""
+        end = self.start + k.shape[1]
+        self.keys[:, self.start : end] = k
+        self.values[:, self.start : end] = v
+        return self.keys[:, :end], self.values[:, :end], self.mask
+
+
 class Attention(nn.Module):
     """Pre-norm causal self-attention with rotary positions."""
 
@@ -200,14 +145,17 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, rotary: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rotary: Tensor, cache: KeyValues | None = None) -> Tensor:
         batch, length, width = x.shape
         qkv = self.qkv(self.norm(x)).view(batch, length, -1, self.head_dim)  # (B, S, 3N, d)
         heads = width // self.head_dim
         qk, v = qkv.split([2 * heads, heads], dim=2)
         q, k = rotate(qk, rotary).chunk(2, dim=2)
+        mask = None
+        if cache is not None:
+            k, v, mask = cache.extend(k, v)
         y = F.scaled_dot_product_attention(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, is_causal=cache is None
         )  # (B, N, S, d)
         return self.out(y.transpose(1, 2).reshape(batch, length, width))
 
@@ -233,8 +181,8 @@ class Layer(nn.Module):
         self.attention = Attention(width, head_dim)
         self.mlp = MLP(width)
 
-    def forward(self, x: Tensor, rotary: Tensor) -> Tensor:
-        x = x + self.attention(x, rotary)
+    def forward(self, x: Tensor, rotary: Tensor, cache: KeyValues | None = None) -> Tensor:
+        x = x + self.attention(x, rotary, cache)
         return x + self.mlp(x)
 
 
@@ -269,6 +217,7 @@ class Block(nn.Module):
             self.text = nn.Linear(config.text_width, config.width)
         if deep and config.classes:
             self.label = nn.Embedding(config.classes + 1, config.width)
+        self.sees_text = self.text is not None or self.label is not None
         self.layers = nn.ModuleList(Layer(config.width, config.head_dim) for _ in range(layers))
         self.head = Head(config.width, config.token_width)
 
