@@ -25,11 +25,11 @@ from torch import Tensor
 
 from starflow import manifest
 from starflow.config import Config
+from starflow.encoders import TextIdentity, VAEIdentity
 from starflow.errors import CorruptError, NotFoundError
 from starflow.manifest import ObjectRef
 from starflow.model import FlowConfig
 from starflow.objectstore import ObjectStore
-from starflow.snapshots import EncoderIdentity, VAEIdentity
 
 KIND, VERSION = "checkpoint", 1
 
@@ -46,9 +46,9 @@ class TrainedInfo(Config):
     snapshot: str = Field(description="Id of the snapshot it was trained on.")
     vae: VAEIdentity = Field(description="The VAE of the latents; its name is what starflow.encoders loads.")
     text_encoder: str | None = Field(description="What starflow.encoders.load_text_encoder takes; none for no text.")
-    text_identity: EncoderIdentity | None = None
+    text_identity: TextIdentity | None = None
     latent_noise: float = Field(description="Standard deviation of the noise that training added to latents.")
-    holdout_every: int = Field(description="Ordinals i of a grid with i % n == n - 1 were held out; 0: none were.")
+    held_out: float = Field(description="Fraction of the snapshot it never saw; SnapshotReader takes the same.")
     attribution: str | None = Field(None, description="To be shown wherever pictures from this model appear.")
 
 
@@ -68,7 +68,7 @@ class Progress(Config):
     skipped: int = Field(0, description="Batches skipped so far.")
     skipped_in_a_row: int = 0
     usual_norm: float | None = Field(None, description="Running average of the gradient norm, for spikes.")
-    held_out: float | None = Field(None, description="Last held-out bits per dimension.")
+    held_out_bits: float | None = Field(None, description="Last held-out bits per dimension.")
 
 
 class Checkpoint(Config):

@@ -150,13 +150,13 @@ class Saver:
         """Whether a save is in flight on this rank."""
         return self._thread is not None and self._thread.is_alive()
 
-    def begin(self, trained: TrainedInfo, progress: Progress, metrics: Path) -> None:
+    def begin(self, trained: TrainedInfo, progress: Progress, metrics: Path | None) -> None:
         """Copies this rank's state and goes on in the background. Only when no save is in flight anywhere."""
         self.wait(lambda: None)
         for name, state in random_states().items():
             self._random[name].copy_(state)
         self._snapshot.copy()
-        length = metrics.stat().st_size if self._rank == 0 else 0
+        length = metrics.stat().st_size if metrics else 0
         work = (trained, progress, {"path": str(metrics), "size": length})
         self._thread = threading.Thread(target=self._save, args=work, name="save", daemon=True)
         self._thread.start()

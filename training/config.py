@@ -72,8 +72,8 @@ class TrainConfig(Config):
     )
     save_timeout: float = Field(1800.0, gt=0, description="Seconds after which an unfinished save has failed.")
     max_failed_saves: int = Field(3, gt=0, description="Saves that may fail in a row before the run stops.")
-    holdout_every: int = Field(
-        64, ge=0, description="Every so manieth sample is never trained on but validated on; 0 holds out nothing."
+    held_out: float = Field(
+        1 / 64, ge=0, le=1 / 8, description="Fraction of the samples, by hash of their id, that is only validated on."
     )
     validation_every: int = Field(1000, gt=0, description="Steps between validations; the last step has one too.")
     validation_samples: int = Field(256, gt=0, description="Held-out samples per validation, at most.")
@@ -109,8 +109,6 @@ class TrainConfig(Config):
             )
         if self.per_rank % self.micro:
             raise ValueError(f"micro_batch_size {self.micro} does not divide {self.per_rank} samples per rank")
-        if self.holdout_every == 1:
-            raise ValueError("holdout_every 1 would hold out every sample; use 0 for none, or 2 and more")
         if self.offload == "nvme" and (self.nvme_path is None or self.zero_stage != 3):
             raise ValueError("offload nvme needs nvme_path and zero_stage 3")
         if self.offload == "cpu" and self.zero_stage == 0:

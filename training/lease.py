@@ -65,6 +65,11 @@ class Lease:
         except (StarflowError, ValueError, KeyError, TypeError):
             return None
 
+    def is_held(self) -> bool:
+        """Whether anybody holds it and may still be writing."""
+        owner, expires = self.holder() or ("", 0.0)
+        return expires > time.time() and not is_gone(owner)
+
     def _try(self) -> bool:
         data = json.dumps({"owner": self.owner, "expires": time.time() + self.seconds}).encode()
         info = self.store.head(self.key)

@@ -35,7 +35,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "checkpoint_every": 50,
         "validation_every": 50,
         "validation_samples": 64,
-        "holdout_every": 32,
+        "held_out": 0.03,
         "text_encoder": "minilm",
     },
     "imagenet-256": {**_RELEASED, "text_encoder": None, "learning_rate": 1e-4},

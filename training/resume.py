@@ -42,11 +42,14 @@ def resume(store: ObjectStore, config: TrainConfig, engine: Engine, ema: EMA) ->
     folder = config.folder / "resume" / str(dist.get_rank())
     steps = [list_steps(store, config.run)]
     dist.broadcast_object_list(steps, 0)
+    checkpoint: Checkpoint | None
+    reason: str | None
     for step in reversed(steps[0]):
         try:
             checkpoint = _load(store, config.run, step)
             check_same_run(config, engine, checkpoint)
-            reason = _download(store, checkpoint, engine, folder)
+            _download(store, checkpoint, engine, folder)
+            reason = None
         except (CorruptError, NotFoundError) as error:
             checkpoint, reason = None, str(error)
         reasons: list[str | None] = [None] * dist.get_world_size()
@@ -165,5 +168,3 @@ def _set_aside(store: ObjectStore, run: str, step: int) -> None:
     if store.head(key) is not None:
         store.write(f"runs/{run}/bad/{step:09d}.json", store.read(key))
         store.delete([key])
-
-

@@ -26,7 +26,7 @@ def prune(store: ObjectStore, run: str, keep_newest: int, keep_every: int | None
     Objects newer than the newest checkpoint stay: they may belong to a save in flight. Returns the steps deleted.
     """
     manifests = {step: load_manifest(store, run, step) for step in list_steps(store, run)}
-    keep = kept({step: m.progress.held_out for step, m in manifests.items()}, keep_newest, keep_every)
+    keep = kept({step: m.progress.held_out_bits for step, m in manifests.items()}, keep_newest, keep_every)
     gone = [step for step in manifests if step not in keep]
     store.delete(checkpoint_key(run, step) for step in gone)
     named = {ref.key for step in keep for ref in manifests[step].objects()}

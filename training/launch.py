@@ -1,0 +1,85 @@
+"""The files through which the supervisor and its workers talk: one folder for each attempt of a run."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Literal
+
+from starflow.config import Config
+from training.config import TrainConfig
+
+Outcome = Literal["completed", "preempted", "failed"]
+
+#: Exit status of `starflow train` after a requested stop: saved, to be continued (EX_TEMPFAIL of sysexits.h).
+PREEMPTED_STATUS = 75
+
+
+class Attempt(Config):
+    """What a worker is told: the resolved configuration, who holds the lease, where to leave its traces."""
+
+    config: TrainConfig
+    owner: str
+    folder: Path
+
+
+class Report(Config):
+    """How a worker ended, in its own words."""
+
+    outcome: Outcome
+    reason: str = ""
+    retry: bool = True
+
+
+def read_attempt(path: Path) -> Attempt:
+    return Attempt.model_validate_json(path.read_text(encoding="utf-8"))
+
+
+def write_attempt(attempt: Attempt) -> Path:
+    attempt.folder.mkdir(parents=True, exist_ok=True)
+    path = attempt.folder / "attempt.json"
+    path.write_text(attempt.model_dump_json(indent=1), encoding="utf-8")
+    return path
+
+
+def write_report(folder: Path, rank: int, report: Report) -> None:
+    unfinished = folder / f"report-{rank}~"
+    unfinished.write_text(report.model_dump_json(), encoding="utf-8")
+    unfinished.replace(folder / f"report-{rank}.json")
+
+
+def read_reports(folder: Path) -> dict[int, Report]:
+    """Reports of this machine's ranks."""
+    return {
+        int(path.stem.removeprefix("report-")): Report.model_validate_json(path.read_text(encoding="utf-8"))
+        for path in sorted(folder.glob("report-*.json"))
+    }
+
+
+class Heart:
+    """A worker's sign of life: a file with its process id, touched at every beat."""
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        self._path = folder / f"heartbeat-{rank}.json"
+        self._last = 0.0
+        unfinished = folder / f"heartbeat-{rank}~"
+        unfinished.write_text(json.dumps({"pid": os.getpid()}), encoding="utf-8")
+        unfinished.replace(self._path)
+
+    def beat(self) -> None:
+        """Cheap enough for every step."""
+        now = time.monotonic()
+        if now - self._last > 0.5:
+            os.utime(self._path)
+            self._last = now
+
+
+def read_heartbeats(folder: Path) -> dict[int, tuple[int, float]]:
+    """Rank: (process id, seconds since its last beat), for this machine's ranks that have begun."""
+    now, found = time.time(), {}
+    for path in folder.glob("heartbeat-*.json"):
+        pid = int(json.loads(path.read_text(encoding="utf-8"))["pid"])
+        found[int(path.stem.removeprefix("heartbeat-"))] = (pid, now - path.stat().st_mtime)
+    return found

@@ -1,0 +1,142 @@
+"""`starflow runs`: list, show, compare."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+runs = typer.Typer(help="List, show and compare training runs.", no_args_is_help=True)
+Store = Annotated[str, typer.Option(help="Object store: s3://bucket/prefix or a folder.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+
+
+@runs.command("list")
+def list_(store: Store, as_json: AsJson = False) -> None:
+    """All runs of a store, with their state."""
+    from starflow.checkpoints import list_runs
+    from starflow.console import print_json
+    from starflow.objectstore import open_store
+
+    found = [describe_run(store, run, brief=True) for run in list_runs(open_store(store))]
+    if as_json:
+        print_json(found)
+        return
+    for run in found:
+        print(f"{run['run']:24} {run['state']:10} step {run['step']} of {run['steps']}  preset {run['preset']}")
+
+
+@runs.command()
+def show(run: str, store: Store, as_json: AsJson = False) -> None:
+    """State, last committed step, events and metrics of a run."""
+    from starflow.console import print_json
+
+    found = describe_run(store, run)
+    if as_json:
+        print_json(found)
+        return
+    for key in ("run", "state", "step", "steps", "preset", "snapshot", "restarts", "held_out_bits_per_dim", "metrics"):
+        print(f"{key:22} {found[key]}")
+    for event in found["events"]:
+        print(f"  {event['time']}  {event['message']}")
+
+
+@runs.command()
+def compare(
+    names: Annotated[list[str], typer.Argument(help="Runs to compare.")],
+    store: Store,
+    out: Annotated[Path, typer.Option(help="Picture to write.")] = Path("runs.png"),
+    as_json: AsJson = False,
+) -> None:
+    """Curves of several runs in one picture, and where their configurations differ."""
+    from starflow.console import print_json
+    from starflow.objectstore import open_store
+    from training.curves import compare_configs, draw_curves
+
+    opened = open_store(store)
+    described = {name: describe_run(store, name) for name in names}
+    draw_curves(opened, names, out)
+    answer: dict[str, dict[str, Any]] = {
+        "differences": compare_configs(opened, names),
+        "runs": {name: {k: d[k] for k in ("state", "step", "held_out_bits_per_dim")} for name, d in described.items()},
+    }
+    if as_json:
+        print_json(answer | {"picture": str(out)})
+        return
+    for name, values in answer["runs"].items():
+        print(f"{name:24} {values['state']:10} step {values['step']}  held out {values['held_out_bits_per_dim']}")
+    for key, values in answer["differences"].items():
+        print(f"{key}: " + ", ".join(f"{name}={value}" for name, value in values.items()))
+    print(out)
+
+
+def describe_run(store: str, run: str, brief: bool = False) -> dict[str, Any]:
+    """What ``starflow runs show --json`` prints. Raises NotFoundError for an unknown run.
+
+    state: completed, running, preempted, failed, or interrupted (nobody writes it, nobody said why).
+    step: last committed one, None before the first. metrics: local path of metrics.jsonl up to that step.
+    """
+    from starflow import manifest
+    from starflow.checkpoints import list_steps, load_manifest
+    from starflow.errors import NotFoundError
+    from starflow.objectstore import open_store
+    from training.events import read_events
+    from training.supervisor import RUN_KIND, RUN_VERSION
+
+    opened = open_store(store)
+    try:
+        config = manifest.load(opened, f"runs/{run}/run.json", RUN_KIND, RUN_VERSION)["config"]
+    except NotFoundError as error:
+        raise NotFoundError(f"run {run!r} is not in {opened.url}; see starflow runs list --store {store}") from error
+    steps = list_steps(opened, run)
+    events = read_events(opened, run)
+    found: dict[str, Any] = {
+        "run": run,
+        "state": _state(opened, run, config["steps"], steps, events),
+        "step": steps[-1] if steps else None,
+        "steps": config["steps"],
+        "preset": config["preset"],
+        "snapshot": config["snapshot"],
+    }
+    if brief:
+        return found
+    newest = load_manifest(opened, run) if steps else None
+    return found | {
+        "samples": newest.progress.samples if newest else 0,
+        "held_out_bits_per_dim": newest.progress.held_out_bits if newest else None,
+        "skipped": newest.progress.skipped if newest else 0,
+        "restarts": max(0, sum(event["kind"] in ("started", "resumed") for event in events) - 1),
+        "checkpoints": steps,
+        "metrics": _local_metrics(opened, run, newest),
+        "metrics_url": f"{opened.url}/runs/{run}/metrics.jsonl" if newest else None,
+        "events": events,
+        "config": config,
+    }
+
+
+def _state(store: Any, run: str, total: int, steps: list[int], events: list[dict[str, Any]]) -> str:
+    from training.lease import Lease
+
+    last = events[-1]["kind"] if events else ""
+    if last in ("completed", "preempted", "failed"):
+        return str(last)
+    if Lease(store, run, "").is_held():
+        return "running"
+    return "completed" if steps and steps[-1] >= total else "interrupted"
+
+
+def _local_metrics(store: Any, run: str, newest: Any) -> str | None:
+    """Where this machine can read the metrics: in a local store, or a fresh copy in the cache."""
+    from starflow.objectstore import LocalStore
+    from training.config import default_cache
+
+    key = f"runs/{run}/metrics.jsonl"
+    if newest is None or store.head(key) is None:
+        return None
+    if isinstance(store, LocalStore):
+        return str(store.path(key))
+    path = default_cache() / "metrics" / run / "metrics.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    store.download(key, path)
+    return str(path)

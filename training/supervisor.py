@@ -1,0 +1,260 @@
+"""Keeps a run going: starts torchrun, watches the ranks, relaunches after deaths and hangs, cleans up always."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from starflow import manifest
+from starflow.checkpoints import list_steps
+from starflow.errors import AlreadyExistsError, NotFoundError, StarflowError, StoreError
+from starflow.objectstore import ObjectStore, open_store
+from starflow.snapshots import load_snapshot
+from training.config import TrainConfig
+from training.events import Events
+from training.launch import Attempt, Outcome, Report, read_heartbeats, read_reports, write_attempt
+from training.lease import Lease, LeaseHeldError
+from training.processes import identity, kill_group
+from training.resume import check_same_config
+
+#: Seconds between looks at the workers, until a dead rank's peers have said what they know, longest backoff.
+POLL, GRACE, LONGEST_BACKOFF = 0.2, 2.0, 60.0
+RUN_KIND, RUN_VERSION = "run", 1
+
+
+@dataclass(frozen=True)
+class End:
+    """How an attempt ended."""
+
+    outcome: Outcome
+    message: str
+    retry: bool = True
+
+
+def resolve(store: ObjectStore, config: TrainConfig) -> TrainConfig:
+    """Fixes the snapshot: the one the run was started with, else the configured one.
+
+    The first call for a run records its configuration as ``runs/<run>/run.json``. Raises ConfigError when the
+    run exists with another configuration, NotFoundError without the snapshot.
+    """
+    key = f"runs/{config.run}/run.json"
+    for _ in range(2):
+        try:
+            theirs = manifest.load(store, key, RUN_KIND, RUN_VERSION)["config"]
+        except NotFoundError:
+            snapshot = load_snapshot(store, config.snapshot)
+            resolved = config.model_copy(update={"snapshot": snapshot.id})
+            with contextlib.suppress(AlreadyExistsError):  # somebody else starts it, too: look again
+                manifest.commit(store, key, RUN_KIND, RUN_VERSION, {"config": resolved.model_dump(mode="json")})
+                return resolved
+        else:
+            break
+    if config.snapshot == "newest":
+        config = config.model_copy(update={"snapshot": theirs["snapshot"]})
+    else:
+        config = config.model_copy(update={"snapshot": load_snapshot(store, config.snapshot).id})
+    check_same_config(config, theirs, f"run {config.run!r}")
+    return config
+
+
+class Supervisor:
+    """One machine's supervisor of one run."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.store = open_store(config.store)
+        self.config = resolve(self.store, config)
+        self.lease = Lease(self.store, config.run, identity(), config.lease_seconds)
+        self.events = Events(self.store, config.run)
+        self._stop = threading.Event()
+        self._lost: str | None = None
+
+    def run(self) -> Outcome:
+        """Trains to the end, a request to stop (SIGTERM, SIGINT) or a failure that relaunching does not cure.
+
+        Raises LeaseHeldError when somebody else is writing the run.
+        """
+        self.lease.acquire(2 * self.config.lease_seconds, lambda message: self._tell("waiting", message))
+        renewing = threading.Event()
+        renewer = threading.Thread(target=self._renew, args=(renewing,), daemon=True)
+        renewer.start()
+        previous = {number: signal.signal(number, self._request_stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            return self._supervise()
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+            renewing.set()
+            renewer.join()
+            with contextlib.suppress(StoreError):
+                self.lease.release()
+
+    def _supervise(self) -> Outcome:
+        committed, failures = self._committed(), 0
+        if committed is not None and committed >= self.config.steps:
+            self._tell("completed", f"already complete at step {committed}", committed)
+            return "completed"
+        while True:
+            end = self._attempt(committed)
+            advanced, committed = committed, self._committed()
+            if end.outcome != "failed":
+                self._tell(end.outcome, end.message, committed)
+                return end.outcome
+            failures = 0 if committed != advanced else failures + 1
+            self._tell("died", end.message, committed)
+            if self._stop.is_set():
+                self._tell("preempted", f"stopped before it could save; last committed step: {committed}", committed)
+                return "preempted"
+            if not end.retry or failures > self.config.max_restarts or self._lost:
+                why = "this does not go away by itself" if not end.retry else f"{failures} relaunches in a row failed"
+                self._tell("failed", self._lost or f"giving up: {why}: {end.message}", committed)
+                return "failed"
+            self._back_off(failures, committed)
+
+    def _back_off(self, failures: int, committed: int | None) -> None:
+        seconds = min(LONGEST_BACKOFF, 2.0 ** max(0, failures - 1)) if failures else 0.5
+        where = "the beginning" if committed is None else f"step {committed}"
+        self._tell("relaunch", f"relaunching from {where} in {seconds:.0f} s", committed)
+        self._stop.wait(seconds)
+
+    def _attempt(self, committed: int | None) -> End:
+        number = self.events.attempts + 1
+        folder = self.config.folder / "attempts" / f"{number:04d}"
+        shutil.rmtree(folder, ignore_errors=True)
+        path = write_attempt(Attempt(config=self.config, owner=self.lease.owner, folder=folder))
+        where = "" if committed is None else f", resuming from step {committed}"
+        message = f"attempt {number}: {self.config.ranks} ranks, ZeRO-{self.config.zero_stage}{where}"
+        self.events.add("resumed" if committed is not None else "started", message, number, committed)
+        torchrun = subprocess.Popen(self._command(path), env=self._environment(), start_new_session=True)
+        try:
+            return self._watch(torchrun, folder)
+        finally:
+            end_processes(torchrun, folder)
+
+    def _command(self, attempt: Path) -> list[str]:
+        """One torchrun that never restarts anything itself; --standalone finds a free port on loopback."""
+        return [
+            *(sys.executable, "-m", "training.agent", "--standalone"),
+            *("--nproc-per-node", str(self.config.ranks), "--max-restarts", "0", "--monitor-interval", "0.2"),
+            *("-m", "training.worker", str(attempt)),
+        ]
+
+    def _environment(self) -> dict[str, str]:
+        threads = max(1, len(os.sched_getaffinity(0)) // self.config.ranks)
+        return {
+            "OMP_NUM_THREADS": str(threads),
+            "TORCH_CPP_LOG_LEVEL": "ERROR",
+            "GLOO_SOCKET_IFNAME": "lo",
+            "PYTHONUNBUFFERED": "1",
+            **os.environ,
+            # With the shared store torchrun loses ranks when it is started again (c10d rendezvous).
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        }
+
+    def _watch(self, torchrun: subprocess.Popen[bytes], folder: Path) -> End:
+        """Until the ranks are done, one of them is dead or hung, or the lease is lost."""
+        launched, asked = time.monotonic(), 0.0
+        while torchrun.poll() is None:
+            beats = read_heartbeats(folder)
+            reports = read_reports(folder)
+            if self._lost:
+                return End("failed", self._lost, retry=False)
+            if any(report.outcome == "failed" for report in reports.values()):
+                break
+            dead = [rank for rank, (pid, _) in beats.items() if rank not in reports and not _alive(pid)]
+            if dead:
+                return self._died(dead, beats)
+            hung = self._hung(beats, reports, time.monotonic() - launched)
+            if hung:
+                return End("failed", hung)
+            if self._stop.is_set() and time.monotonic() - asked > 2:
+                asked = time.monotonic()
+                if not beats:
+                    return End("failed", "stopped while starting")
+                for pid, _ in beats.values():
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGTERM)
+            time.sleep(POLL)
+        return self._judge(torchrun, folder)
+
+    def _died(self, dead: list[int], beats: dict[int, tuple[int, float]]) -> End:
+        names = ", ".join(f"rank {rank} (process {beats[rank][0]})" for rank in dead)
+        return End("failed", f"{names} died without a word, as after SIGKILL")
+
+    def _hung(self, beats: dict[int, tuple[int, float]], reports: dict[int, Report], running: float) -> str | None:
+        limit = self.config.hang_timeout
+        silent = [rank for rank, (_, silence) in beats.items() if silence > limit and rank not in reports]
+        if silent:
+            return f"rank {', '.join(map(str, silent))} gave no sign of life for {limit:.0f} s and was stopped"
+        if len(beats) < self.config.ranks and running > limit:
+            return f"only {len(beats)} of {self.config.ranks} ranks had started after {limit:.0f} s"
+        return None
+
+    def _judge(self, torchrun: subprocess.Popen[bytes], folder: Path) -> End:
+        """What the reports say, once they are all there or the rest has had time to write."""
+        deadline = time.monotonic() + GRACE
+        while torchrun.poll() is None and len(read_reports(folder)) < self.config.ranks:
+            if time.monotonic() > deadline:
+                break
+            time.sleep(POLL)
+        paths = sorted(folder.glob("report-*.json"), key=lambda path: path.stat().st_mtime)
+        reports = [(p.stem.removeprefix("report-"), Report.model_validate_json(p.read_bytes())) for p in paths]
+        failed = [(rank, report) for rank, report in reports if report.outcome == "failed"]
+        if failed:
+            final = next((item for item in failed if not item[1].retry), failed[0])
+            return End("failed", f"rank {final[0]} failed: {final[1].reason}", final[1].retry)
+        if len(reports) == self.config.ranks:
+            outcome = reports[0][1].outcome
+            return End(outcome, {"completed": "completed", "preempted": "saved and stopped as asked"}[outcome])
+        return End("failed", f"torchrun ended with status {torchrun.returncode} before its ranks reported")
+
+    def _renew(self, done: threading.Event) -> None:
+        while not done.wait(self.config.lease_seconds / 3):
+            try:
+                self.lease.renew()
+            except LeaseHeldError as error:
+                self._lost = str(error)
+                return
+            except StarflowError:
+                continue  # the store is away: whoever commits asks for the lease again anyway
+
+    def _committed(self) -> int | None:
+        steps = list_steps(self.store, self.config.run)
+        return steps[-1] if steps else None
+
+    def _request_stop(self, number: int, frame: object) -> None:
+        if self._stop.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt  # the second Ctrl-C does not wait for the save
+        self._stop.set()
+
+    def _tell(self, kind: str, message: str, committed: int | None = None) -> None:
+        self.events.add(kind, message, max(1, self.events.attempts), committed)
+
+
+def end_processes(torchrun: subprocess.Popen[bytes], folder: Path) -> None:
+    """Ends torchrun and every rank of the attempt; returns when they are gone."""
+    pids = [pid for pid, _ in read_heartbeats(folder).values()] if folder.exists() else []
+    workers = [psutil.Process(pid) for pid in pids if _alive(pid)]
+    if torchrun.poll() is None:
+        kill_group(torchrun.pid)
+    for worker in workers:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            worker.kill()
+    torchrun.wait()
+    psutil.wait_procs(workers, timeout=10)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

@@ -1,0 +1,83 @@
+"""`starflow train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def train(
+    overrides: Annotated[list[str] | None, typer.Argument(help="Settings as key=value, over the file's.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file with the settings.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would run, check the store, stop.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the outcome as JSON on stdout.")] = False,
+) -> None:
+    """Train a run, or resume it: the same command again goes on from the newest checkpoint that verifies."""
+    from starflow.config import load_config
+    from starflow.console import print_json
+    from training.config import TrainConfig
+    from training.launch import PREEMPTED_STATUS
+    from training.supervisor import Supervisor
+
+    settings = load_config(TrainConfig, config, overrides or ())
+    if dry_run:
+        _show_plan(settings, as_json)
+        return
+    outcome = Supervisor(settings).run()
+    if as_json:
+        from training.run_commands import describe_run
+
+        print_json(describe_run(settings.store, settings.run))
+    if outcome != "completed":
+        raise typer.Exit(PREEMPTED_STATUS if outcome == "preempted" else 1)
+
+
+def _show_plan(settings: Any, as_json: bool) -> None:
+    from starflow.console import print_json
+
+    plan = dry_run_plan(settings)
+    if as_json:
+        print_json(plan)
+        return
+    import yaml
+
+    print(yaml.safe_dump(plan, sort_keys=False, allow_unicode=True), end="")
+
+
+def dry_run_plan(settings: Any) -> dict[str, Any]:
+    """Resolved configuration, size, memory per rank, work, and whether the store answers; starts nothing."""
+    from uuid import uuid4
+
+    from starflow.objectstore import open_store
+    from starflow.snapshots import load_snapshot
+    from training.estimate import count_parameters, memory_per_rank, training_flops
+    from training.worker import architecture, check_data
+
+    flow = architecture(settings)
+    store = open_store(settings.store)
+    snapshot = load_snapshot(store, settings.snapshot)
+    check_data(flow, snapshot, settings.preset)
+    probe = f"runs/{settings.run}/probe-{uuid4().hex}"
+    store.write(probe, b"can be written")
+    store.delete([probe])
+    parameters = count_parameters(flow)
+    memory = memory_per_rank(parameters, settings.ranks, settings.zero_stage, settings.precision, settings.offload)
+    flops = training_flops(flow) * settings.global_batch_size * settings.steps
+    plan: dict[str, Any] = {
+        "config": settings.model_dump(mode="json"),
+        "snapshot": snapshot.id,
+        "samples_in_snapshot": snapshot.counts.total,
+        "epochs": round(settings.steps * settings.global_batch_size / snapshot.counts.total, 3),
+        "parameters": parameters,
+        "memory_per_rank_bytes": {key: round(value) for key, value in memory.items()},
+        "training_flops": flops,
+        "checkpoint_bytes": 16 * parameters,
+        "store_writable": True,
+    }
+    if settings.peak_tflops:
+        hours = flops / (0.4 * settings.peak_tflops * 1e12 * settings.ranks) / 3600
+        plan["hours_at_40_percent_of_peak"] = round(hours, 2)
+        plan["device_hours"] = round(hours * settings.ranks, 1)
+    return plan

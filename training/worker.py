@@ -1,0 +1,185 @@
+"""One rank of a run: what torchrun starts. ``torchrun ... -m training.worker ATTEMPT_FILE``."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+import traceback
+import warnings
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from starflow.checkpoints import Checkpoint, TrainedInfo
+from starflow.errors import ConfigError, CorruptError, StarflowError, StoreError
+from starflow.manifest import get
+from starflow.model import FlowConfig, STARFlow
+from starflow.objectstore import ObjectStore, open_store
+from starflow.presets import get_preset
+from starflow.reader import SnapshotReader
+from starflow.snapshots import Snapshot, load_snapshot
+from training.checkpoint import Saver
+from training.conditions import make_conditioner
+from training.config import TrainConfig
+from training.ema import EMA
+from training.engine import Engine
+from training.estimate import training_flops
+from training.examples import ExampleMaker
+from training.launch import Attempt, Heart, Report, read_attempt, write_report
+from training.lease import LeaseHeldError
+from training.loop import Loop, SaveFailedError, State, TrainingDivergedError
+from training.metrics import MetricsLog
+from training.processes import die_with_parent
+from training.resume import resume
+
+#: Errors that come back however often the run is relaunched.
+FINAL_ERRORS = (ConfigError, CorruptError, LeaseHeldError, TrainingDivergedError, SaveFailedError)
+
+
+def architecture(config: TrainConfig) -> FlowConfig:
+    """The preset's architecture with the configured changes. Raises ConfigError."""
+    fields = get_preset(config.preset).to_dict()
+    for key in config.model:
+        if key not in fields:
+            raise ConfigError(f"model.{key} is not an architecture field; choose one of {', '.join(fields)}")
+    try:
+        return FlowConfig(**{**fields, **config.model})
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"model {config.model}: {error}") from error
+
+
+def check_data(flow: FlowConfig, snapshot: Snapshot, preset: str) -> None:
+    """Raises ConfigError naming both sides when the snapshot's latents do not fit the model."""
+    if snapshot.vae.channels != flow.channels:
+        raise ConfigError(
+            f"snapshot {snapshot.id} has latents of {snapshot.vae.channels} channels (VAE {snapshot.vae.name}), "
+            f"preset {preset} expects {flow.channels}; choose another, or set model.channels={snapshot.vae.channels}"
+        )
+    for part in snapshot.parts:
+        try:
+            flow.tokens(*part.grid)
+        except ValueError as error:
+            raise ConfigError(f"snapshot {snapshot.id} does not fit preset {preset}: {error}") from error
+
+
+class Rank:
+    """Sets up, resumes and runs one rank."""
+
+    def __init__(self, attempt: Attempt) -> None:
+        self.attempt, self.config = attempt, attempt.config
+        self.rank = int(os.environ["RANK"])
+        self._stop = threading.Event()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, lambda *_: self._stop.set())
+        self.heart = Heart(attempt.folder, self.rank)
+
+    def run(self) -> Report:
+        """Trains to the end or to a request to stop."""
+        self._connect()
+        try:
+            return self._train(open_store(self.config.store))
+        finally:
+            self.heart.beat()
+
+    def _connect(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        # A rank that hangs is the supervisor's business, which sees it sooner.
+        dist.init_process_group(backend, timeout=timedelta(seconds=2 * self.config.hang_timeout))
+        self.heart.beat()
+
+    def _train(self, store: ObjectStore) -> Report:
+        config, flow = self.config, architecture(self.config)
+        snapshot = load_snapshot(store, config.snapshot)
+        check_data(flow, snapshot, config.preset)
+        reader = SnapshotReader(store, snapshot, config.cache / "snapshots", config.held_out)
+        device = f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else "cpu"
+        conditioner = make_conditioner(config, flow, reader.text, device)
+        self.heart.beat()
+        torch.manual_seed(config.seed)
+        engine = Engine(STARFlow(flow), config)
+        ema = EMA(engine.fragments)
+        checkpoint = resume(store, config, engine, ema)
+        self.heart.beat()
+        saver = Saver(config, config.store, engine, ema, self.attempt.owner)
+        state = State()
+        if checkpoint:
+            state = State.resumed(checkpoint.step, checkpoint.progress)
+            saver.committed = checkpoint.step
+        loop = Loop(
+            config=config,
+            engine=engine,
+            ema=ema,
+            saver=saver,
+            reader=reader,
+            maker=ExampleMaker(config, conditioner),
+            trained=self._trained(snapshot, conditioner.identity),
+            state=state,
+            metrics=self._metrics(store, checkpoint),
+            flops_per_sample=training_flops(flow),
+            beat=self.heart.beat,
+            stop_requested=self._stop.is_set,
+        )
+        try:
+            completed = loop.run()
+        finally:
+            saver.close()
+            if loop.metrics:
+                loop.metrics.close()
+        return Report(outcome="completed" if completed else "preempted")
+
+    def _trained(self, snapshot: Snapshot, encoder: Any) -> TrainedInfo:
+        config = self.config
+        return TrainedInfo(
+            run=config.run,
+            step=0,
+            samples=0,
+            snapshot=snapshot.id,
+            vae=snapshot.vae,
+            text_encoder=config.text_encoder,
+            text_identity=encoder,
+            latent_noise=config.latent_noise,
+            held_out=config.held_out,
+            attribution=snapshot.attribution,
+        )
+
+    def _metrics(self, store: ObjectStore, checkpoint: Checkpoint | None) -> MetricsLog | None:
+        if self.rank:
+            return None
+        return MetricsLog(self.config, get(store, checkpoint.metrics) if checkpoint else b"")
+
+
+def main() -> None:
+    """Entry point; ends the process with status 0 after completion or a requested stop."""
+    die_with_parent()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    attempt = read_attempt(Path(sys.argv[1]))
+    rank = int(os.environ["RANK"])
+    try:
+        report = Rank(attempt).run()
+    except StarflowError as error:
+        retry = not isinstance(error, FINAL_ERRORS) and isinstance(error, StoreError)
+        write_report(attempt.folder, rank, Report(outcome="failed", reason=str(error), retry=retry))
+    except Exception as error:  # noqa: BLE001 - whatever it is, the supervisor decides what comes next
+        traceback.print_exc()
+        reason = f"{type(error).__name__}: {error}"
+        write_report(attempt.folder, rank, Report(outcome="failed", reason=reason))
+    else:
+        write_report(attempt.folder, rank, report)
+        dist.destroy_process_group()
+        return
+    # Other ranks may be waiting for this one in a collective: leave without the usual goodbyes.
+    sys.stderr.flush()
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main()
