@@ -51,12 +51,22 @@ class PrefectAPI:
             with urllib.request.urlopen(request, timeout=60) as answer:
                 return json.loads(answer.read() or b"null")
         except urllib.error.HTTPError as error:
-            reason = f"Prefect answers {error.code} to {method} {path}: {error.read().decode(errors='replace')[:500]}"
+            reason = f"Prefect refuses {method} {path} ({error.code}): {_detail(error.read())}"
             raise NotFoundError(reason) if error.code == 404 else StarflowError(reason) from error
         except OSError as error:
             raise StarflowError(
                 f"no Prefect server answers at {self.url}; run `starflow up`, or set PREFECT_API_URL to yours"
             ) from error
+
+
+def _detail(answer: bytes) -> str:
+    """The server's own words in the body of a refusal."""
+    text = answer.decode(errors="replace")
+    try:
+        body = json.loads(text)
+    except ValueError:
+        return text[:500]
+    return str(body.get("detail", body))[:500] if isinstance(body, dict) else text[:500]
 
 
 def ignore(state: str) -> None:

@@ -251,6 +251,8 @@ class PrefectServer(Service):
             "PREFECT_UI_API_URL": self.api,
             "PREFECT_SERVER_UI_STATIC_DIRECTORY": str(self.folder / "prefect" / "ui"),
             "PREFECT_SERVER_DATABASE_CONNECTION_URL": Postgres(self.folder, {}).url,
+            # A schedule that was turned on in the UI shows its runs within seconds instead of a minute.
+            "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "5",
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
             "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
             "PREFECT_SERVER_UI_V2_ENABLED": "false",  # it calls an analytics host all the same

@@ -70,7 +70,11 @@ class LocalStack:
         self.state = StackState()
 
     def __enter__(self) -> LocalStack:
-        self.up()
+        try:
+            self.up()
+        except BaseException:
+            self.down()
+            raise
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping
+import tempfile
+import time
+from pathlib import Path
 from typing import Any, cast
 from uuid import UUID
 
@@ -21,8 +23,10 @@ from prefect.cache_policies import NO_CACHE
 from prefect.events import emit_event
 
 from pipelines.config import RefreshConfig
+from pipelines.refresh import STAGES, RefreshResult, Stage, result, run_stage
+from pipelines.state import RefreshState
 from starflow.forms import answer_rows, parameters_of
-from starflow.objectstore import ObjectStore, open_store
+from starflow.objectstore import ObjectStore
 from starflow.snapshots import Snapshot, load_snapshot
 
 #: Emitted after the commit; the automation train-on-publish waits for it.
@@ -35,33 +39,62 @@ PICTURES = 32
 @parameters_of(RefreshConfig)
 def refresh(**parameters: Any) -> dict[str, Any]:
     """Crawls, captions, filters and encodes what is new in a list of URLs, and publishes a snapshot."""
-    from pipelines.refresh import stages  # the form needs none of its heavy imports
-
     config = RefreshConfig.model_validate(parameters)
-    log = get_run_logger()
-    plan = stages(config)
-    progress = cast(UUID, create_progress_artifact(0.0, key="refresh-progress", description="starting"))
-    state: dict[str, Any] = {}
-    for number, stage in enumerate(plan):
-        update_progress_artifact(progress, 100.0 * number / len(plan), description=stage.name)
-        state = run_stage.with_options(name=stage.name, task_run_name=stage.name)(stage, state)
-    update_progress_artifact(progress, 100.0, description="done")
-    answer: dict[str, Any] = state["result"]
-    store = open_store(config.store)
-    snapshot = load_snapshot(store, answer["snapshot"])
-    if answer["added"] or snapshot.parent is None:
-        announce(store, snapshot)
-    else:
-        log.info("nothing new: %s stays the newest snapshot", snapshot.id)
-    show(store, snapshot, answer)
-    return answer
+    page = RunPage()
+    with tempfile.TemporaryDirectory(prefix="starflow-refresh-") as work:
+        state = RefreshState(config, Path(work), page.on_event)
+        for stage in STAGES:
+            stage_task.with_options(name=stage.name, task_run_name=stage.name)(state, stage)
+        answer = result(state)
+    snapshot = load_snapshot(state.store, answer.snapshot)
+    if answer.snapshot != (state.parent.id if state.parent else None):
+        announce(state.store, snapshot)
+    page.finish()
+    report(state.store, snapshot, answer)
+    return answer.model_dump()
 
 
-@task(cache_policy=NO_CACHE)  # the stages keep their own durable record
-def run_stage(stage: Any, state: dict[str, Any]) -> dict[str, Any]:
-    """One stage; `state` is what the stages before it have left."""
-    result: dict[str, Any] = stage.run(state)
-    return result
+@task(cache_policy=NO_CACHE)  # the stages keep a durable record of their own
+def stage_task(state: RefreshState, stage: Stage) -> dict[str, Any]:
+    """One stage; returns its counts."""
+    return run_stage(state, stage)
+
+
+class RunPage:
+    """What the run's page shows while it works: progress, and the batches that were crawled."""
+
+    def __init__(self) -> None:
+        first = create_progress_artifact(0.0, key="refresh-progress", description="starting")
+        self._artifact = cast(UUID, first)
+        self._order = [stage.name for stage in STAGES]
+        self._written = 0.0
+        self._batches: list[dict[str, Any]] = []
+
+    def on_event(self, event: dict[str, Any]) -> None:
+        """Takes the events of pipelines.refresh; progress is written at most once a second."""
+        log = get_run_logger()
+        if event["event"] == "progress":
+            total = event["total"]
+            if time.monotonic() - self._written >= 1.0:
+                part = event["done"] / total if total else 0.0
+                self._write(event["stage"], part, f"{event['stage']}: {event['done']} of {total or 'unknown'}")
+        elif event["event"] == "stage" and event["state"] == "started":
+            self._write(event["stage"], 0.0, event["stage"])
+        elif event["event"] == "stage":
+            log.info("%s took %.1f s: %s", event["stage"], event["seconds"], event["counts"])
+            if event["stage"] == "crawl" and self._batches:
+                create_table_artifact(self._batches, key="refresh-batches", description="Batches crawled")
+        elif event["event"] == "batch":
+            statuses = event["statuses"] | {f"dropped: {reason}": n for reason, n in event["reasons"].items()}
+            self._batches.append({"batch": event["batch"], **statuses})
+
+    def finish(self) -> None:
+        update_progress_artifact(self._artifact, 100.0, description="published")
+
+    def _write(self, stage: str, part: float, description: str) -> None:
+        self._written = time.monotonic()
+        percent = 100.0 * (self._order.index(stage) + min(part, 1.0)) / len(self._order)
+        update_progress_artifact(self._artifact, percent, description=description)
 
 
 def announce(store: ObjectStore, snapshot: Snapshot) -> None:
@@ -73,11 +106,11 @@ def announce(store: ObjectStore, snapshot: Snapshot) -> None:
     )
 
 
-@task(name="report", cache_policy=NO_CACHE)
-def show(store: ObjectStore, snapshot: Snapshot, answer: Mapping[str, Any]) -> None:
+@task(cache_policy=NO_CACHE)
+def report(store: ObjectStore, snapshot: Snapshot, answer: RefreshResult) -> None:
     """Artifacts: answer, drops by reason, difference to the parent, pictures with captions."""
-    create_table_artifact(answer_rows(answer), key="refresh-answer", description=f"Snapshot {snapshot.id}")
-    drops = sorted(answer["dropped"].items(), key=lambda item: -item[1])
+    create_table_artifact(answer_rows(answer.model_dump()), key="refresh-answer", description=f"Snapshot {snapshot.id}")
+    drops = sorted(answer.dropped.items(), key=lambda item: -item[1])
     create_table_artifact(
         [{"reason": reason, "samples": count} for reason, count in drops],
         key="refresh-drops",
@@ -106,9 +139,6 @@ def difference(parent: Snapshot | None, snapshot: Snapshot) -> str:
 
 def picture_grid_uri(store: ObjectStore, snapshot: Snapshot) -> str:
     """The newest samples of the most frequent shape, decoded, with captions, as a data URI (PNG)."""
-    import tempfile
-    from pathlib import Path
-
     import torch
 
     from starflow.encoders import load_vae, to_pixels
