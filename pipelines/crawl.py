@@ -51,6 +51,8 @@ OUTCOME = pa.schema(
 #: What the subprocess sees of our environment: no credentials, whatever they are called, and no proxies.
 _ENVIRONMENT = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "PYTHONPATH", "SSL_CERT_FILE", "SSL_CERT_DIR")
 _START_SECONDS = 120.0
+#: URLs that are worth the start of another process.
+_PROCESS_ROWS = 256
 
 
 class CrawlJob(Config):
@@ -81,12 +83,13 @@ def fetch_batch(
     (default: what the slowest permitted answers take); what it had not finished is to be retried.
     Raises StarflowError when it ends without any result at all.
     """
+    processes = min(processes, -(-len(urls) // _PROCESS_ROWS))
     shards = _split(urls, policy, processes)
     job = CrawlJob(
         input=str(folder / "input"),
         output=str(folder / "output"),
         rules_cache=str(rules_cache),
-        processes=min(processes, len(shards)),
+        processes=len(shards),
         threads=threads,
         shard_rows=max(2, *(len(rows) for rows in shards)),
         policy=policy,
