@@ -10,9 +10,11 @@ import contextlib
 import json
 import mmap
 import os
+import queue
 import selectors
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -104,8 +106,10 @@ class Uploader:
 def serve(store: ObjectStore, memory: memoryview) -> None:
     """The child's loop: answers every request with {"ok": ...} or {"error": sentence}."""
     handlers = {"upload": _upload, "commit": _commit}
-    for line in sys.stdin.buffer:
-        request = json.loads(line)
+    requests: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    threading.Thread(target=_receive, args=(requests,), daemon=True).start()
+    while True:
+        request = json.loads(requests.get())
         try:
             reply = {"ok": handlers[request.pop("do")](store, memory, request)}
         except (StarflowError, OSError) as error:
@@ -114,14 +118,17 @@ def serve(store: ObjectStore, memory: memoryview) -> None:
         sys.stdout.flush()
 
 
+def _receive(requests: queue.SimpleQueue[bytes]) -> None:
+    """Passes requests on; ends the process, even in the middle of an upload, when the trainer is gone."""
+    for line in sys.stdin.buffer:
+        requests.put(line)
+    os._exit(0)
+
+
 def _upload(store: ObjectStore, memory: memoryview, request: dict[str, Any]) -> list[dict[str, Any]]:
-    refs = []
-    for item in request["objects"]:
-        data = memory[item["offset"] : item["offset"] + item["size"]]
-        refs.append(manifest.put(store, item["key"], data))
-    for item in request["files"]:
-        refs.append(manifest.put(store, item["key"], _beginning(item)))
-    return [ref.model_dump() for ref in refs]
+    ranges = ((item["key"], memory[item["offset"] : item["offset"] + item["size"]]) for item in request["objects"])
+    files = ((item["key"], memoryview(_beginning(item))) for item in request["files"])
+    return [manifest.put(store, key, data).model_dump() for key, data in (*ranges, *files)]
 
 
 def _commit(store: ObjectStore, memory: memoryview, request: dict[str, Any]) -> str | None:
@@ -143,9 +150,6 @@ def _beginning(item: dict[str, Any]) -> bytes:
 
 def main() -> None:
     """``python -m training.uploader STORE FD SIZE``, started by `Uploader`."""
-    from training.processes import die_with_parent
-
-    die_with_parent()
     os.nice(5)  # training goes first
     url, descriptor, size = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     with mmap.mmap(descriptor, size, access=mmap.ACCESS_READ) as shared, memoryview(shared) as memory:
