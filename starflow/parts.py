@@ -33,6 +33,7 @@ SAMPLES = pa.schema(
         ("height", pa.int32()),
         ("phash", pa.int64()),
         ("licence", pa.string()),
+        ("extra", pa.string()),  # further columns of the source, as JSON
     ]
 )
 CAPTIONS = pa.schema([("row", pa.int64()), ("caption", pa.string())])

@@ -139,7 +139,7 @@ class SnapshotReader:
                     self.shard(place.part, array, int(shard))
 
     def samples(self, grid: Grid, ordinals: Ints) -> pa.Table:
-        """Metadata of the samples, in order: row, id, url, width, height, phash, licence."""
+        """Metadata of the samples, in order: row, id, url, width, height, phash, licence, extra."""
         tables, slots = [], [np.empty(0, np.int64)]
         for place in self._places(grid, ordinals):
             table = place.part.samples()

@@ -69,7 +69,7 @@ class Part(Config):
     arrays: dict[str, ArraySpec] = Field(description="mean and std of the VAE posterior, (rows, C, h, w).")
     vae: VAEIdentity
     index: ObjectRef = Field(description="Parquet: one line a shard (see starflow.shardindex).")
-    samples: ObjectRef = Field(description="Parquet: row, id, url, width, height, phash, licence.")
+    samples: ObjectRef = Field(description="Parquet: row, id, url, width, height, phash, licence, extra.")
     captions: tuple[CaptionLayer, ...] = ()
 
 
