@@ -31,7 +31,7 @@ PREFIX = "crawl/ledger/"
 _MERGE_FILES, _KEEP_MANIFESTS = 8, 3
 _SPILL_ROWS = 2**20
 
-MOMENT = pa.timestamp("s", tz="UTC")
+MOMENT = pa.timestamp("ms", tz="UTC")  # Parquet knows no seconds
 #: One row per URL. `reason` says why `status` is not ok; `dropped` says which filter kept a fetched picture out.
 SCHEMA = pa.schema(
     [
