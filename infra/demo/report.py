@@ -6,12 +6,13 @@ import base64
 import io
 import os
 import platform
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 
 @dataclass(frozen=True)
@@ -24,14 +25,6 @@ class StageTime:
 
 
 @dataclass(frozen=True)
-class Event:
-    """Something that happened to the run; `time` is seconds since its start."""
-
-    time: str
-    text: str
-
-
-@dataclass(frozen=True)
 class Scores:
     """Held-out likelihoods in bits per dimension, and how often the right caption beats another one."""
 
@@ -41,11 +34,43 @@ class Scores:
     shuffled: float
     none: float
     win_rate: float
+    #: Standard error over pictures: the comparisons of one picture are not independent.
+    win_rate_error: float
 
-    @property
-    def win_rate_error(self) -> float:
-        """Standard error of the win rate, counting each picture once: its comparisons share the picture."""
-        return (self.win_rate * (1 - self.win_rate) / self.count) ** 0.5
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the sample sheet; `apart` leaves a gap before it."""
+
+    heading: str
+    pictures: Sequence[Image.Image]
+    apart: bool = False
+
+
+#: Pixels of a picture on the sample sheet, and of the caption beside it.
+PICTURE, CAPTION, GAP, HEADING = 96, 250, 6, 28
+
+
+def sample_sheet(captions: Sequence[str], columns: Sequence[Column]) -> Image.Image:
+    """One row a caption, one column a way of drawing it; pictures are enlarged without smoothing."""
+    font = ImageFont.load_default(15)
+    lefts, left = [], CAPTION
+    for column in columns:
+        left += 18 if column.apart else 0
+        lefts.append(left)
+        left += PICTURE + GAP
+    sheet = Image.new("RGB", (left, HEADING + len(captions) * (PICTURE + GAP)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for x, column in zip(lefts, columns, strict=True):
+        pen.text((x + PICTURE // 2, HEADING // 2), column.heading, "#667085", ImageFont.load_default(12), anchor="mm")
+        for row, picture in enumerate(column.pictures):
+            enlarged = picture.resize((PICTURE, PICTURE), Image.Resampling.NEAREST)
+            sheet.paste(enlarged, (x, HEADING + row * (PICTURE + GAP)))
+    for row, caption in enumerate(captions):
+        text = textwrap.fill(caption, 30, max_lines=4, placeholder="...")
+        middle = HEADING + row * (PICTURE + GAP) + PICTURE // 2
+        pen.multiline_text((CAPTION - 12, middle), text, "#1d2330", font, anchor="rm", align="right")
+    return sheet
 
 
 @dataclass
@@ -59,7 +84,6 @@ class Report:
     grid: Image.Image
     guidances: Sequence[float]
     curves: bytes
-    events: Sequence[Event]
     next_commands: Sequence[tuple[str, str]]
     stages: list[StageTime] = field(default_factory=list)
 

@@ -1,0 +1,148 @@
+"""What the demo's model has learned: likelihoods of held-out pairs, and pictures for held-out prompts."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from starflow.generate import Generator
+from torch import Tensor
+
+from infra.demo.report import Column, Scores, sample_sheet
+from starflow.encoders import to_pixels
+from starflow.likelihood import score
+from starflow.objectstore import open_store
+from starflow.reader import SnapshotReader
+from starflow.sampling import denoise, draw_noise, sample
+from starflow.snapshots import load_snapshot
+from training.curves import draw_curves, run_metrics
+
+#: Held-out pairs are compared with the captions of so many others each.
+SHUFFLES = 8
+#: Rows of the sample sheet.
+PROMPTS = 16
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Held-out samples: posterior means (N, C, h, w) and captions."""
+
+    means: Tensor
+    captions: list[str]
+    ordinals: NDArray[np.int64]
+
+
+class Results:
+    """Reads the newest checkpoint of a run and the snapshot it was trained on."""
+
+    def __init__(self, store: str, run: str, cache: Path, update: Callable[..., None]) -> None:
+        self.url, self.name, self.update = store, run, update
+        self.store = open_store(store)
+        self.generator = Generator.from_checkpoint(store, run)
+        self.info = self.generator.info
+        snapshot = load_snapshot(self.store, self.info.snapshot)
+        self.training = SnapshotReader(self.store, snapshot, cache / "snapshots", self.info.held_out)
+        self.grid = self.training.grids[0]
+
+    @cached_property
+    def held_out(self) -> Pairs:
+        """Every held-out sample with its heaviest caption."""
+        reader = self.training.held_out_side()
+        ordinals = np.arange(reader.count(self.grid))
+        batch = reader.gather(self.grid, ordinals)
+        return Pairs(torch.from_numpy(batch.mean.astype(np.float32)), batch.captions, ordinals)
+
+    def score(self) -> Scores:
+        """Likelihoods of the held-out latents, with the training noise, under right, wrong and no captions."""
+        pairs = self.held_out
+        count = len(pairs.captions)
+        generator = torch.Generator().manual_seed(SEED)
+        noise = torch.randn(pairs.means.shape, generator=generator)
+        latents = pairs.means + self.info.latent_noise * noise
+        texts = self.generator.text(pairs.captions)
+        self.update(completed=0, total=SHUFFLES + 2, text="scoring")
+        own = self._bits(latents, texts)
+        none = self._bits(latents, self.generator.text([""]).expand_as(texts))
+        # Rolling by different amounts pairs every picture with other pictures' captions, each used once a roll.
+        shifts = np.linspace(1, count - 1, SHUFFLES).astype(int)
+        others = []
+        for shift in shifts.tolist():
+            others.append(self._bits(latents, texts.roll(shift, 0)))
+            self.update(completed=len(others) + 2)
+        wins = (own < torch.stack(others)).double().mean(0)  # (N,) share of wrong captions that each picture rejects
+        return Scores(
+            count=count,
+            shuffles=SHUFFLES,
+            own=float(own.mean()),
+            shuffled=float(torch.stack(others).mean()),
+            none=float(none.mean()),
+            win_rate=float(wins.mean()),
+            win_rate_error=float(wins.std() / count**0.5),
+        )
+
+    def _bits(self, latents: Tensor, texts: Tensor) -> Tensor:
+        """(N,) bits per dimension."""
+        model = self.generator.model
+        parts = [score(model, *pair).bits_per_dim for pair in zip(latents.split(64), texts.split(64), strict=True)]
+        return torch.cat(parts)
+
+    def draw(self, guidances: Sequence[float]) -> Image.Image:
+        """Samples for captions that training has not seen, beside the nearest training picture and the real one."""
+        rows = self._unseen()
+        captions = [self.held_out.captions[row] for row in rows]
+        texts = self.generator.text(captions)
+        noise = torch.stack([draw_noise(SEED, i, self.held_out.means.shape[1:]) for i in range(len(rows))])
+        columns = []
+        for number, guidance in enumerate(guidances):
+            self.update(completed=number, total=len(guidances), text=f"drawing at guidance {guidance:g}")
+            latents = sample(self.generator.model, noise, texts, self.generator.text([""]), guidance)
+            latents = denoise(self.generator.model, latents, texts, self.info.latent_noise)
+            columns.append(Column(f"guidance {guidance:g}", self._pictures(latents)))
+        nearest, real = self._nearest(latents), self.held_out.means[rows]
+        columns.append(Column("nearest training", self._pictures(nearest), apart=True))
+        columns.append(Column("the real one", self._pictures(real)))
+        return sample_sheet(captions, columns)
+
+    def _unseen(self) -> list[int]:
+        """Held-out samples, evenly spread, whose caption no training sample has."""
+        ordinals = np.arange(self.training.count(self.grid))
+        seen = {caption for captions in self.training.captions(self.grid, ordinals) for caption in captions}
+        captions = self.held_out.captions
+        rows = [i for i, caption in enumerate(captions) if caption not in seen and caption not in captions[:i]]
+        return [rows[i] for i in np.linspace(0, len(rows) - 1, min(PROMPTS, len(rows))).astype(int)]
+
+    def _nearest(self, latents: Tensor) -> Tensor:
+        """(B, C, h, w) the training latent at the smallest Euclidean distance from each."""
+        ordinals = np.arange(self.training.count(self.grid))
+        means = torch.from_numpy(self.training.gather(self.grid, ordinals).mean).float()
+        distances = torch.cdist(latents.flatten(1), means.flatten(1))
+        return means[distances.argmin(1)]
+
+    def _pictures(self, latents: Tensor) -> list[Image.Image]:
+        return [Image.fromarray(pixels) for pixels in to_pixels(self.generator.vae.decode(latents))]
+
+    def curves(self) -> bytes:
+        """The run's curves as PNG."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "curves.png"
+            draw_curves(self.store, [self.name], path)
+            return path.read_bytes()
+
+    def summary(self) -> dict[str, Any]:
+        """What the report says of the run besides `starflow runs show`."""
+        held_out = [
+            line["held_out_bits_per_dim"]
+            for line in run_metrics(self.store, self.name)
+            if line.get("held_out_bits_per_dim") is not None
+        ]
+        parameters = sum(parameter.numel() for parameter in self.generator.model.parameters())
+        return {"first_held_out_bits_per_dim": held_out[0], "parameters": f"{parameters / 1e6:.1f} million"}
