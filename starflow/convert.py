@@ -6,9 +6,11 @@ neighbouring channels (2j, 2j + 1), ours rotates halves (j, j + d/2); see `starf
 
 from __future__ import annotations
 
+import json
+import math
 import pickle
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -153,11 +155,106 @@ def load_released(path: str | Path, config: FlowConfig) -> STARFlow:
     The file is memory-mapped and copied tensor by tensor: the weights are in RAM once.
     Raises WeightsError naming a key that is unknown, missing or of another shape.
     """
+    return build(config, from_released(read_released(Path(path)), config, str(path)))
+
+
+def build(
+    config: FlowConfig,
+    tensors: Iterable[tuple[str, Tensor]],
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> STARFlow:
+    """A model in eval mode filled from (name, tensor) pairs; nothing is allocated twice or initialised in vain.
+
+    Raises WeightsError for a name or shape that does not fit, or a parameter left unfilled.
+    """
     with torch.device("meta"):
         model = STARFlow(config)
-    model = model.to(torch.float32).to_empty(device="cpu")
+    model = model.to(dtype).to_empty(device=device)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
-        for name, tensor in from_released(read_released(Path(path)), config, str(path)):
-            parameters[name].copy_(tensor)
+        for name, tensor in tensors:
+            if name not in parameters:
+                raise WeightsError(f"unknown parameter {name}; is the config the one of these weights?")
+            parameter = parameters.pop(name)
+            if parameter.shape != tensor.shape:
+                raise WeightsError(f"{name} has shape {tuple(tensor.shape)}, the config needs {tuple(parameter.shape)}")
+            parameter.copy_(tensor)
+    if parameters:
+        raise WeightsError(f"missing parameter {next(iter(parameters))} ({len(parameters)} missing)")
     return model.eval()
+
+
+def import_released(source: Path, config: FlowConfig, folder: Path) -> Path:
+    """Writes `model.safetensors` (same dtype, same bits) and `config.json` to `folder`, one tensor at a time."""
+    released = read_released(source)
+    tensors = from_released(released, config, str(source))
+    ours = {name: released[theirs] for theirs, name in released_names(config).items() if theirs in released}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_safetensors(folder / "model.safetensors", {name: (t.dtype, t.shape) for name, t in ours.items()}, tensors)
+    text = json.dumps({"model": config.to_dict()}, indent=1) + "\n"
+    (folder / "config.json").write_text(text, encoding="utf-8")
+    return folder
+
+
+def export_released(folder: Path, target: Path) -> None:
+    """Writes the weights of an imported or exported model folder in the released layout, as `.pth`."""
+    config, tensors = read_model(folder)
+    partial = target.with_name(f"{target.name}.partial")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(to_released(dict(tensors), config), partial)
+    partial.replace(target)
+
+
+def read_model(folder: Path) -> tuple[FlowConfig, Iterator[tuple[str, Tensor]]]:
+    """Config and lazily memory-mapped weights of a folder with `config.json` and `model.safetensors`."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = FlowConfig(**described["model"])
+        file = safe_open(folder / "model.safetensors", framework="pt")
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise WeightsError(
+            f"{folder} is not a model folder (config.json, model.safetensors): {type(error).__name__}: {error}"
+        ) from error
+    return config, ((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118 - not a mapping
+
+
+_SAFETENSORS_TYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+}
+
+
+def write_safetensors(
+    path: Path,
+    layout: Mapping[str, tuple[torch.dtype, torch.Size]],
+    tensors: Iterable[tuple[str, Tensor]],
+) -> None:
+    """Writes a safetensors file tensor by tensor, in the order of `layout`; the file appears when complete.
+
+    `safetensors.torch.save_file` needs all tensors in RAM at once: 15 GB for the released model.
+    """
+    header, offset = {}, 0
+    for name, (dtype, shape) in layout.items():
+        if dtype not in _SAFETENSORS_TYPES:
+            raise WeightsError(f"{name} has type {dtype}; weights must be floating point")
+        size = math.prod(shape) * dtype.itemsize
+        header[name] = {
+            "dtype": _SAFETENSORS_TYPES[dtype],
+            "shape": list(shape),
+            "data_offsets": [offset, offset + size],
+        }
+        offset += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for (expected, _), (name, tensor) in zip(layout.items(), tensors, strict=True):
+            assert name == expected, (name, expected)
+            tensor.contiguous().flatten().view(torch.uint8).numpy().tofile(file)
+    partial.replace(path)
