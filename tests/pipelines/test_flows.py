@@ -1,0 +1,105 @@
+"""The refresh flow: its form, and one real run through server and worker."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import threading
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from prefect.utilities.callables import parameter_schema
+
+from infra.prefect_client import PrefectAPI, run_refresh_deployment
+from infra.processes import wait_until
+from infra.stack import LocalStack
+from pipelines.config import RefreshConfig
+from pipelines.flows import refresh
+from starflow.errors import StarflowError
+
+FORM = Path(__file__).with_name("refresh_form.json")
+
+
+def form() -> dict[str, Any]:
+    """The form as the UI gets it."""
+    return parameter_schema(refresh).model_dump_for_openapi()
+
+
+class _Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *arguments: object) -> None:
+        """The test's own output stays readable."""
+
+
+@pytest.fixture
+def web(tmp_path: Path) -> Iterator[Path]:
+    """A URL list of eight noisy pictures on loopback, and one that is missing."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "web").mkdir()
+    for number in range(8):
+        pixels = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((32, 32), Image.Resampling.NEAREST).save(tmp_path / "web" / f"{number}.png")
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=str(tmp_path / "web")))
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    urls = [f"http://127.0.0.1:{server.server_port}/{number}.png" for number in range(9)]
+    pq.write_table(pa.table({"url": urls, "caption": [f"tiles {n}" for n in range(9)]}), tmp_path / "urls.parquet")
+    yield tmp_path / "urls.parquet"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_form_is_flat_and_explains_every_field() -> None:
+    properties = form()["properties"]
+    assert list(properties) == list(RefreshConfig.model_fields)
+    assert form()["required"] == ["urls", "store"]
+    for name, field in properties.items():
+        assert field["title"] == RefreshConfig.model_fields[name].title
+        assert field["description"] == RefreshConfig.model_fields[name].description
+        assert "default" in field or name in form()["required"]
+
+
+def test_form_has_not_changed_unnoticed() -> None:
+    """After a wanted change: `python tests/pipelines/test_flows.py` rewrites the snapshot."""
+    assert form() == json.loads(FORM.read_text())
+
+
+def test_refresh_through_server_and_worker(stack: LocalStack, web: Path) -> None:
+    api, store = PrefectAPI(stack.state.env["PREFECT_API_URL"]), f"{stack.state.store}/test-flows"
+    parameters = {"urls": str(web), "store": store, "allow_host": ["127.0.0.1"], "text_encoder": None, "actors": 1}
+    seen: list[str] = []
+    answer = run_refresh_deployment(stack.state.env, parameters, seen.append)
+    assert answer["added"] == answer["total"] == 8
+    assert answer["dropped"] == {"http_404": 1}
+    assert set(answer["seconds"]) == {"plan", "crawl", "caption", "filter", "encode", "publish"}
+    assert seen[-1] == "Completed, published 100 %"
+
+    run = api.post("/flow_runs/filter", {"sort": "START_TIME_DESC", "limit": 1})[0]
+    artifacts = {a["key"]: a for a in api.post("/artifacts/filter", {"flow_runs": {"id": {"any_": [run["id"]]}}})}
+    assert json.loads(artifacts["refresh-drops"]["data"]) == [{"reason": "http_404", "samples": 1}]
+    assert artifacts["refresh-pictures"]["data"].startswith("data:image/png;base64,")
+    assert "| samples | 0 | 8 | +8 |" in artifacts["refresh-difference"]["data"]
+    assert {"refresh-progress", "refresh-batches", "refresh-answer"} <= set(artifacts)
+
+    wanted = {"filter": {"event": {"name": ["starflow.snapshot.published"]}}}
+    assert wait_until(lambda: api.post("/events/filter", wanted)["events"] != [], seconds=20)
+    event = api.post("/events/filter", wanted)["events"][0]
+    assert event["payload"] == {"snapshot": answer["snapshot"], "store": store, "total": 8}
+
+
+def test_failure_is_the_flows_own_sentence(stack: LocalStack, tmp_path: Path) -> None:
+    missing = tmp_path / "no-such-list.parquet"
+    parameters = {"urls": str(missing), "store": f"{stack.state.store}/test-failure", "contact": "test@example.org"}
+    with pytest.raises(StarflowError, match=r"refresh-now ended as Failed: .*no-such-list.* \(log: http"):
+        run_refresh_deployment(stack.state.env, parameters)
+
+
+if __name__ == "__main__":
+    FORM.write_text(json.dumps(form(), indent=1) + "\n")
