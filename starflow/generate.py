@@ -305,7 +305,7 @@ def _label(prompt: str, classes: int) -> int:
 
 
 def heat_map(values: np.ndarray, size: tuple[int, int]) -> Image.Image:
-    """A per-token map as a picture of `size` (width, height): dark is low, bright is high, each map on its own scale."""
+    """A per-token map as a picture of `size` (width, height), dark to bright, each map on its own scale."""
     from matplotlib import colormaps
 
     low, high = float(values.min()), float(values.max())
