@@ -175,16 +175,23 @@ class Saver:
     def _save(self, trained: TrainedInfo, progress: Progress, metrics: dict[str, Any]) -> None:
         """The whole protocol; every rank takes part in both agreements whatever has happened to it."""
         outcomes: list[Any] = [None] * self._config.ranks
-        dist.all_gather_object(outcomes, self._upload(trained.step, metrics), group=self._group)
-        error = next((f"rank {rank}: {o}" for rank, o in enumerate(outcomes) if isinstance(o, str)), None)
-        if error is None and self._rank == 0:
-            error = self._commit(trained, progress, metrics, outcomes)
-        verdict = [error]
-        dist.broadcast_object_list(verdict, 0, group=self._group)
+        uploaded = self._upload(trained.step, metrics)
+        try:
+            dist.all_gather_object(outcomes, uploaded, group=self._group)
+            error = next((f"rank {rank}: {o}" for rank, o in enumerate(outcomes) if isinstance(o, str)), None)
+            if error is None and self._rank == 0:
+                error = self._commit(trained, progress, metrics, outcomes)
+            verdict = [error]
+            dist.broadcast_object_list(verdict, 0, group=self._group)
+        except RuntimeError as lost:  # a rank is gone, and training is about to notice, too
+            self.failures, self.error = self._config.max_failed_saves, f"a rank was lost while saving: {lost}"
+            return
         if verdict[0] is None:
             self.failures, self.error, self.committed = 0, "", trained.step
         else:
             self.failures, self.error = self.failures + 1, verdict[0]
+            if self._rank == 0:
+                log.warning("the save of step %d failed: %s", trained.step, self.error)
 
     def _upload(self, step: int, metrics: dict[str, Any]) -> list[dict[str, Any]] | str:
         """References of this rank's objects, or the sentence that says why there are none."""

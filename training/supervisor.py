@@ -168,11 +168,8 @@ class Supervisor:
             reports = read_reports(folder)
             if self._lost:
                 return End("failed", self._lost, retry=False)
-            if any(report.outcome == "failed" for report in reports.values()):
+            if _died(beats, reports) or any(report.outcome == "failed" for report in reports.values()):
                 break
-            dead = [rank for rank, (pid, _) in beats.items() if rank not in reports and not _alive(pid)]
-            if dead:
-                return self._died(dead, beats)
             hung = self._hung(beats, reports, time.monotonic() - launched)
             if hung:
                 return End("failed", hung)
@@ -186,10 +183,6 @@ class Supervisor:
             time.sleep(POLL)
         return self._judge(torchrun, folder)
 
-    def _died(self, dead: list[int], beats: dict[int, tuple[int, float]]) -> End:
-        names = ", ".join(f"rank {rank} (process {beats[rank][0]})" for rank in dead)
-        return End("failed", f"{names} died without a word, as after SIGKILL")
-
     def _hung(self, beats: dict[int, tuple[int, float]], reports: dict[int, Report], running: float) -> str | None:
         limit = self.config.hang_timeout
         silent = [rank for rank, (_, silence) in beats.items() if silence > limit and rank not in reports]
@@ -200,7 +193,15 @@ class Supervisor:
         return None
 
     def _judge(self, torchrun: subprocess.Popen[bytes], folder: Path) -> End:
-        """What the reports say, once they are all there or the rest has had time to write."""
+        """What the reports say, once they are all there or the rest has had time to write.
+
+        A rank that died without one is the cause; the others then only report that they lost it.
+        """
+        beats = read_heartbeats(folder)
+        dead = _died(beats, read_reports(folder))
+        if dead:
+            names = ", ".join(f"rank {rank} (process {beats[rank][0]})" for rank in dead)
+            return End("failed", f"{names} died without a word, as after SIGKILL")
         deadline = time.monotonic() + GRACE
         while torchrun.poll() is None and len(read_reports(folder)) < self.config.ranks:
             if time.monotonic() > deadline:
@@ -251,6 +252,11 @@ def end_processes(torchrun: subprocess.Popen[bytes], folder: Path) -> None:
             worker.kill()
     torchrun.wait()
     psutil.wait_procs(workers, timeout=10)
+
+
+def _died(beats: dict[int, tuple[int, float]], reports: dict[int, Report]) -> list[int]:
+    """Ranks that ended without a report."""
+    return [rank for rank, (pid, _) in beats.items() if rank not in reports and not _alive(pid)]
 
 
 def _alive(pid: int) -> bool:

@@ -166,11 +166,12 @@ def main() -> None:
     try:
         report = Rank(attempt).run()
     except StarflowError as error:
-        retry = not isinstance(error, FINAL_ERRORS) and isinstance(error, StoreError)
+        retry = isinstance(error, StoreError) and not isinstance(error, FINAL_ERRORS)
         write_report(attempt.folder, rank, Report(outcome="failed", reason=str(error), retry=retry))
     except Exception as error:  # noqa: BLE001 - whatever it is, the supervisor decides what comes next
-        traceback.print_exc()
-        reason = f"{type(error).__name__}: {error}"
+        trace = attempt.folder / f"error-{rank}.txt"
+        trace.write_text(traceback.format_exc(), encoding="utf-8")
+        reason = f"{type(error).__name__}: {error} (see {trace})"
         write_report(attempt.folder, rank, Report(outcome="failed", reason=reason))
     else:
         write_report(attempt.folder, rank, report)

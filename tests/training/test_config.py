@@ -1,0 +1,38 @@
+import pytest
+
+from starflow.config import load_config
+from starflow.errors import ConfigError
+from training.config import TrainConfig
+
+
+def test_recipe_fills_in_and_the_file_wins(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("store: s3://b/p\nrun: a\npreset: emoji\nsteps: 10\n")
+    config = load_config(TrainConfig, file, ["learning_rate=0.5"])
+    assert (config.steps, config.learning_rate, config.global_batch_size, config.text_encoder) == (
+        10,
+        0.5,
+        64,
+        "minilm",
+    )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["ranks=3"], "does not divide over ranks 3"),
+        (["micro_batch_size=5"], "does not divide 64"),
+        (["stepz=3"], "did you mean steps"),
+        (["run=../x"], "run"),
+        (["offload=nvme"], "nvme_path"),
+        (["zero_stage=0", "precision=bfloat16"], "zero_stage 1"),
+    ],
+)
+def test_what_cannot_work_is_refused_by_name(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(TrainConfig, None, overrides, store="s", run="a")
+
+
+def test_accumulation_follows_from_one_batch_size():
+    config = load_config(TrainConfig, None, ["store=s", "run=a", "ranks=2", "micro_batch_size=8"])
+    assert (config.per_rank, config.micro, config.accumulation) == (32, 8, 4)
