@@ -48,7 +48,12 @@ def publish_snapshot(state: RefreshState) -> dict[str, Any]:
     state.dropped = dict(sorted(dropped.items()))
     parts = list(state.encoded.parts) if state.encoded is not None else []
     if not sum(part.count for part in parts):
-        _check_worth_keeping(state)
+        try:
+            _check_worth_keeping(state)
+        except StarflowError:
+            state.ledger.discard(ledger_files, kept)
+            state.workspace.delete()
+            raise
         state.published = state.parent
     else:
         state.published = _publish(state, parts)
@@ -62,7 +67,6 @@ def _check_worth_keeping(state: RefreshState) -> None:
     reasons = set(state.dropped)
     if state.parent is not None and not (reasons and reasons <= _OURS):
         return
-    state.workspace.delete()
     counted = ", ".join(f"{reason} {count}" for reason, count in state.dropped.items())
     asked = sum(batch.count for plan in state.plans if not plan.round for batch in plan.batches)
     remedy = "check the network, and allow_host for hosts of your own" if reasons <= _OURS else "check the list"

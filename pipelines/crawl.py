@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -202,5 +203,6 @@ def _lost(rows: np.ndarray, reason: str) -> pa.Table:
 
 
 def _last_line(log: Path) -> str:
-    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    return lines[-1].strip() if lines else "it printed nothing"
+    text = log.read_text(encoding="utf-8", errors="replace")
+    errors = re.findall(r"^\w*(?:Error|Exception)\b.*", text, re.MULTILINE)
+    return (errors or text.strip().splitlines() or ["it printed nothing"])[-1]

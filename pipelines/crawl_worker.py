@@ -17,6 +17,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from http.client import HTTPMessage
@@ -27,7 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.crawl import OPT_OUT_REASONS, OUTCOME, CrawlJob
-from pipelines.guard import FetchError, FetchPolicy, get
+from pipelines.guard import FetchError, FetchPolicy, checked, get
 from pipelines.inspection import Inspection, InspectionError, inspect_image
 from pipelines.robots import opted_out
 from pipelines.sites import Sites
@@ -79,6 +80,7 @@ def fetch_image(url: str, policy: FetchPolicy, sites: Sites, validators: dict[st
         if policy.tdm and headers.get("TDM-Reservation", "").strip() == "1":
             raise FetchError("tdm_reservation", status=200)
 
+    url = checked(url)
     with sites.turn(url):
         answer = get(url, policy, validators, sites.permit, accept)
     if answer.status == 304:
@@ -116,6 +118,8 @@ class GuardedDownloader(Downloader):
                 return key, body, None
             except FetchError as error:
                 return key, None, Failure(error)
+            except Exception as error:  # noqa: BLE001 - a URL that surprises us must not cost its whole shard
+                return key, None, Failure(_unexpected(error))
 
         img2dataset_downloader.download_image_with_retry = download
         super().download_shard(row)
@@ -128,9 +132,17 @@ class GuardedDownloader(Downloader):
             inspection = inspect_image(data, self.policy.max_pixels, self.policy.max_frames)
         except InspectionError as error:
             return None, None, None, None, None, str(error)
+        except Exception as error:  # noqa: BLE001 - nor must a picture
+            return None, None, None, None, None, Failure(_unexpected(error))
         fetched = Fetched(data, inspection, body.headers.get("ETag", ""), body.headers.get("Last-Modified", ""))
         width, height = inspection.width, inspection.height
         return fetched, width, height, width, height, None
+
+
+def _unexpected(error: Exception) -> FetchError:
+    """A defect of ours: in the log with its traceback, and counted under its own reason."""
+    traceback.print_exception(error)
+    return FetchError(f"unexpected_{type(error).__name__}")
 
 
 class OutcomeWriter:

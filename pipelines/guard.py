@@ -82,6 +82,16 @@ def is_public(address: str) -> bool:
     return ip.is_global and not (ip.is_multicast or ip.is_reserved or ip.is_unspecified)
 
 
+def checked(url: str) -> str:
+    """The normalised URL. Raises FetchError: scheme for another one than http and https, bad_url for the rest."""
+    try:
+        return normalise(url)
+    except ValueError as error:
+        scheme = url.strip().partition(":")[0].lower()
+        other = ":" in url and scheme.isalnum() and scheme not in ("http", "https")
+        raise FetchError("scheme" if other else "bad_url") from error
+
+
 def get(
     url: str,
     policy: FetchPolicy,
@@ -97,11 +107,7 @@ def get(
     """
     deadline = time.monotonic() + policy.seconds
     for _ in range(policy.max_redirects + 1):
-        try:
-            url = normalise(url)
-        except ValueError as error:
-            scheme = urlsplit(url).scheme.lower() if url.isascii() and "[" not in url else ""
-            raise FetchError("scheme" if scheme not in ("", "http", "https") else "bad_url") from error
+        url = checked(url)
         if permit is not None:
             asked = time.monotonic()
             permit(url)

@@ -49,6 +49,8 @@ def inspect_image(data: bytes, max_pixels: int, max_frames: int) -> Inspection:
         raise InspectionError("empty")
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError as error:
+        raise InspectionError("too_many_pixels") from error
     except DECODE_ERRORS as error:
         raise InspectionError("not_an_image") from error
     with image:

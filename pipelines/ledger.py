@@ -122,6 +122,11 @@ class Ledger:
             ) from error
         self._prune(following)
 
+    def discard(self, files: dict[int, tuple[ObjectRef, ...]], kept: tuple[ObjectRef, ...]) -> None:
+        """Deletes what `write` and `write_kept` stored for a generation that is not going to be committed."""
+        written = {ref.key for refs in files.values() for ref in refs} | {ref.key for ref in kept}
+        self.store.delete(sorted(written - _named(self.manifest)))
+
     def _prune(self, current: LedgerManifest) -> None:
         """Deletes old manifests, then the files that only they named."""
         generations = _generations(self.store)

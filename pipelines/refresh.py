@@ -214,13 +214,13 @@ def _mark_duplicates(
 
 def encode(state: RefreshState) -> Counts:
     """Encodes the kept samples into parts."""
-    from pipelines.encode import EncodeConfig
-    from pipelines.encode import encode as encode_tables
-
     records = [batches.load_record(state.store, batch, batches.FilterRecord) for batch in state.batches]
     tables = [record.samples.key for record in records if record.count]
     if not tables:
         return {}
+    from pipelines.encode import EncodeConfig
+    from pipelines.encode import encode as encode_tables
+
     names = set(EncodeConfig.model_fields) & set(RefreshConfig.model_fields)
     config = EncodeConfig(**{name: getattr(state.config, name) for name in names})
     state.encoded = encode_tables(

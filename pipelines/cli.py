@@ -1,0 +1,7 @@
+"""Commands: refresh, snapshots, preview."""
+
+from __future__ import annotations
+
+from pipelines.refresh_command import refresh
+
+__all__ = ["refresh"]

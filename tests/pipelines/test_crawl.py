@@ -1,0 +1,125 @@
+"""Every hostile case through the real subprocess, with img2dataset, at once."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow as pa
+import pytest
+
+from pipelines import crawl
+from pipelines.config import RefreshConfig
+from pipelines.crawl import fetch_batch
+from pipelines.guard import FetchPolicy
+from starflow.errors import StarflowError
+from tests.pipelines.hostile_web import CASES, Case, HostileWeb, picture
+
+
+def hostile_policy(**changes: Any) -> FetchPolicy:
+    """Small limits, so that hostile cases end soon."""
+    config = RefreshConfig(urls="-", store="-", contact="me@example.org", allow_host=("127.0.0.1",))
+    limits = {"seconds": 2.0, "max_bytes": 2**20, "max_frames": 20}
+    return config.policy().model_copy(update={**limits, **changes})
+
+
+def as_table(urls: list[str], etag: str = "") -> pa.Table:
+    return pa.table({"url": urls, "etag": [etag] * len(urls), "last_modified": [""] * len(urls)})
+
+
+@pytest.fixture(scope="module")
+def web() -> Iterator[HostileWeb]:
+    with HostileWeb() as web:
+        yield web
+
+
+@pytest.fixture(scope="module")
+def outcomes(web: HostileWeb, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("crawl")
+    (folder / "rules").mkdir()
+    urls = as_table([web.url(case) for case in CASES], '"v1"')
+    started = time.monotonic()
+    table = fetch_batch(urls, hostile_policy(), 1, 128, folder / "batch", folder / "rules")
+    rows = {case.name: row for case, row in zip(CASES, table.to_pylist(), strict=True)}
+    return {"rows": rows, "seconds": time.monotonic() - started, "folder": folder / "batch"}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_each_case_ends_as_it_should(case: Case, outcomes: dict[str, Any]) -> None:
+    row = outcomes["rows"][case.name]
+    assert (row["status"], row["reason"]) == (case.status, case.reason)
+
+
+def test_there_are_more_than_forty_cases() -> None:
+    assert len(CASES) > 80
+
+
+def test_original_bytes_sizes_and_ids_are_kept(outcomes: dict[str, Any]) -> None:
+    row = outcomes["rows"]["png"]
+    blob = (outcomes["folder"] / "output" / f"{row['shard']:05d}.bin").read_bytes()
+    assert blob[row["offset"] :][: row["size"]] == picture("PNG")
+    assert row["id"] == hashlib.sha256(picture("PNG")).hexdigest()
+    assert (row["width"], row["height"], row["format"]) == (64, 48, "png")
+
+
+def test_exif_rotation_swaps_width_and_height(outcomes: dict[str, Any]) -> None:
+    row = outcomes["rows"]["rotated"]
+    assert (row["width"], row["height"]) == (48, 64)
+
+
+def test_perceptual_hashes_survive_the_format(outcomes: dict[str, Any]) -> None:
+    rows = outcomes["rows"]
+    for kind in ("jpeg", "webp", "cmyk", "icc-profile"):
+        different = (rows[kind]["phash"] ^ rows["png"]["phash"]) & (2**64 - 1)
+        assert different.bit_count() <= 6, kind
+
+
+def test_retry_after_is_kept(outcomes: dict[str, Any]) -> None:
+    assert outcomes["rows"]["status-503"]["retry_after"] == 120
+    assert outcomes["rows"]["status-429"]["retry_after"] == 120
+
+
+def test_the_crawl_says_who_it_is_and_asks_for_rules_once(web: HostileWeb, outcomes: dict[str, Any]) -> None:
+    assert len(web.agents) == 1
+    assert "starflow/" in next(iter(web.agents))
+    assert "+me@example.org" in next(iter(web.agents))
+    assert web.requests["/robots.txt"] == 1
+    assert web.requests["/private/a.png"] == web.requests["/reserved/a.png"] == 0
+
+
+def test_a_batch_over_its_limit_is_stopped_and_leaves_no_process(web: HostileWeb, tmp_path: Path) -> None:
+    (tmp_path / "rules").mkdir()
+    urls = as_table([f"{web.base}/drip"])
+    table = fetch_batch(urls, hostile_policy(seconds=500.0), 1, 4, tmp_path / "batch", tmp_path / "rules", limit=3.0)
+    assert table["reason"].to_pylist() == ["batch_time_limit"]
+    assert not [
+        child for child in psutil.Process().children(recursive=True) if "crawl_worker" in " ".join(child.cmdline())
+    ]
+
+
+def test_a_subprocess_without_any_result_is_an_error(
+    web: HostileWeb, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(crawl.sys, "executable", "/bin/false")
+    (tmp_path / "rules").mkdir()
+    with pytest.raises(StarflowError, match="ended without a result"):
+        fetch_batch(as_table([f"{web.base}/png"]), hostile_policy(), 1, 4, tmp_path / "batch", tmp_path / "rules")
+
+
+def test_the_subprocess_sees_no_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    assert not {name for name in crawl._ENVIRONMENT if "AWS" in name or "PROXY" in name.upper()}
+    assert "AWS_SECRET_ACCESS_KEY" in os.environ
+
+
+def test_a_site_is_asked_by_one_process_only() -> None:
+    urls = as_table([f"http://host{index % 7}.example/{index}" for index in range(100)])
+    shards = crawl._split(urls, hostile_policy(), 3)
+    hosts = [{index % 7 for index in rows} for rows in shards]
+    assert sorted(index for rows in shards for index in rows) == list(range(100))
+    assert all(not a & b for number, a in enumerate(hosts) for b in hosts[:number])
