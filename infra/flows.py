@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
 import queue
 import shlex
@@ -11,7 +10,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,52 +30,60 @@ from prefect.artifacts import (
 from infra import processes
 from starflow.config import load_config
 from starflow.errors import StarflowError
-from starflow.forms import answer_rows, given, parameters_of
-from starflow.objectstore import ObjectStore, open_store
+from starflow.forms import answer_rows, parameters_of
+from starflow.objectstore import open_store
 from training.config import TrainConfig
+from training.curves import draw_curves
+from training.launch import PREEMPTED_STATUS
+from training.metrics import read_metrics
 from training.recipes import RECIPES
+from training.run_commands import describe_run
 
 #: Fields that the preset's recipe fills when the form leaves them empty.
 RECIPE_FIELDS = frozenset(key for recipe in RECIPES.values() for key in recipe)
 #: How long a cancelled training may take to save its checkpoint before its processes are killed, in seconds.
-SAVE_SECONDS = 10.0
-#: How often the committed metrics are looked at, in seconds.
-LOOK_EVERY = 5.0
+SAVE_SECONDS = 8.0
+#: How often the metrics are looked at, in seconds.
+LOOK_EVERY = 2.0
 
 
 @flow(name="train")
 @parameters_of(TrainConfig, optional=RECIPE_FIELDS, hidden=("cache",))
 def train(**parameters: Any) -> dict[str, Any]:
     """Trains a run from a snapshot, or resumes it from its newest checkpoint. Empty fields come from the preset."""
-    values = given(parameters)
-    config = load_config(TrainConfig, None, (), **values)
-    log, store = get_run_logger(), open_store(config.store)
-    log.info("the same from a shell: %s", resume_command(values))
-    view = _RunView(store, config.run, config.steps)
+    settings = plain(parameters)
+    command = resume_command(settings)
+    get_run_logger().info("the same from a shell: %s", command)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "train.yaml"
-        file.write_text(yaml.safe_dump(_plain(values)), encoding="utf-8")
-        command = [sys.executable, "-m", "starflow.cli", "train", "--config", str(file)]
-        with child(command) as (process, lines):
-            last = _log_lines(process, lines, view)
-    view.update(last=True)
-    view.publish(resume_command(values))
+        file.write_text(yaml.safe_dump(settings), encoding="utf-8")
+        config = load_config(TrainConfig, file)  # a bad value is refused before anything starts
+        with child([sys.executable, "-m", "starflow.cli", "train", "--config", str(file)]) as (process, lines):
+            last = follow(process, lines, Progress(config))
+    # Whatever the outcome: what is committed can be looked at, and resumed.
+    answer = publish(config, command) if open_store(config.store).head(f"runs/{config.run}/metrics.jsonl") else {}
+    if process.returncode == PREEMPTED_STATUS:
+        raise StarflowError(f"training saved and stopped as asked; run it again to go on: {command}")
     if process.returncode:
-        raise StarflowError(own_error(last) or f"training ended with exit code {process.returncode}; see the log above")
-    return view.answer()
+        raise StarflowError(own_error(last) or f"training ended with exit code {process.returncode} and no word")
+    return answer
 
 
-def resume_command(values: dict[str, Any]) -> str:
-    """The command line that starts or resumes the same run anywhere the store can be reached."""
-    settings = [f"{name}={json.dumps(value)}" for name, value in _plain(values).items()]  # JSON is YAML
-    return shlex.join(["starflow", "train", *settings])
+def plain(parameters: dict[str, Any]) -> dict[str, Any]:
+    """Parameters as the types that JSON and YAML share."""
+    return {name: json.loads(json.dumps(value, default=str)) for name, value in parameters.items()}
+
+
+def resume_command(settings: dict[str, Any]) -> str:
+    """The command line that starts or resumes the same run wherever its store can be reached."""
+    return shlex.join(["starflow", "train", *(f"{name}={json.dumps(value)}" for name, value in settings.items())])
 
 
 @contextmanager
 def child(command: Sequence[str]) -> Iterator[tuple[subprocess.Popen[str], queue.Queue[str | None]]]:
     """Runs `command` in a session of its own and yields it with a queue of its output lines (None: end).
 
-    However the block ends - also by Prefect's cancellation, which raises in the main thread - the command is asked
+    However the block ends, also by a cancellation, which Prefect raises in the main thread: the command is asked
     to save and stop, and after `SAVE_SECONDS` it and everything below it is killed.
     """
     process = subprocess.Popen(
@@ -109,97 +115,68 @@ def _read_lines(process: subprocess.Popen[str], lines: queue.Queue[str | None]) 
     lines.put(None)
 
 
-def _log_lines(process: subprocess.Popen[str], lines: queue.Queue[str | None], view: _RunView) -> list[str]:
+def follow(process: subprocess.Popen[str], lines: queue.Queue[str | None], progress: Progress) -> list[str]:
     """Copies the output into the run's log until it ends; returns its last lines."""
     log, last = get_run_logger(), list[str]()
     while True:
         try:
             line = lines.get(timeout=LOOK_EVERY)
         except queue.Empty:
-            view.update()
+            progress.update()
             continue
         if line is None:
             process.wait()
+            progress.update()
             return last
-        if line:
-            log.info(line)
-            last = [*last[-20:], line]
-        view.update()
+        log.info(line)
+        last = [*last[-20:], line]
 
 
 def own_error(lines: Sequence[str]) -> str:
-    """The sentence after the last `error:` of a command's output, or nothing."""
-    found = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    return found[-1] if found else ""
+    """What a failed command said last: the sentence after `error:` if there is one."""
+    said = [line for line in lines if line.strip()]
+    errors = [line.removeprefix("error: ") for line in said if line.startswith("error: ")]
+    return (errors or said or [""])[-1]
 
 
-class _RunView:
-    """What the store says about a run, as artifacts of the flow run."""
+class Progress:
+    """The progress artifact, kept up with the metrics that the run writes on this machine."""
 
-    def __init__(self, store: ObjectStore, run: str, steps: int) -> None:
-        self.store, self.run, self.steps = store, run, steps
-        self.lines: list[dict[str, Any]] = []
-        self._etag, self._looked = "", 0.0
-        self._artifact = cast(UUID, create_progress_artifact(0.0, key="train-progress", description=f"run {run}"))
+    def __init__(self, config: TrainConfig) -> None:
+        self._config, self._shown = config, -1
+        first = create_progress_artifact(0.0, key="train-progress", description=f"{config.run}: starting")
+        self._artifact = cast(UUID, first)
 
-    def update(self, last: bool = False) -> None:
-        """Reads the committed metrics when they have changed; at most every `LOOK_EVERY` seconds unless `last`."""
-        if not last and time.monotonic() - self._looked < LOOK_EVERY:
+    def update(self) -> None:
+        """Shows the newest step, if there is one that has not been shown."""
+        file = self._config.folder / "metrics.jsonl"
+        lines = read_metrics(file.read_bytes()) if file.exists() else []
+        if not lines or lines[-1]["step"] == self._shown:
             return
-        self._looked = time.monotonic()
-        key = f"runs/{self.run}/metrics.jsonl"
-        info = self.store.head(key)
-        if info is None or info.etag == self._etag:
-            return
-        self._etag = info.etag
-        self.lines = [json.loads(line) for line in self.store.read(key).splitlines()]
-        step = self.lines[-1]["step"] if self.lines else 0
-        percent = min(100.0 * step / self.steps, 100.0)
-        update_progress_artifact(self._artifact, percent, description=f"run {self.run}: step {step} of {self.steps}")
-
-    def publish(self, command: str) -> None:
-        """Loss curve, answer and how to resume."""
-        if any("loss" in line for line in self.lines):
-            create_image_artifact(
-                loss_curve(self.lines), key="train-loss", description=f"Loss of run {self.run} by step"
-            )
-        create_table_artifact(answer_rows(self.answer()), key="train-answer", description=f"Run {self.run}")
-        create_markdown_artifact(
-            f"To resume or continue this run, run this deployment again with the same parameters, or:\n\n"
-            f"```sh\n{command}\n```\n\nCheckpoints: `starflow checkpoints list {self.run} --store {self.store.url}`",
-            key="train-resume",
-            description="How to resume",
-        )
-
-    def answer(self) -> dict[str, Any]:
-        """JSON: run, store, last committed step and loss."""
-        trained = [line for line in self.lines if "loss" in line]
-        return {
-            "run": self.run,
-            "store": self.store.url,
-            "step": trained[-1]["step"] if trained else 0,
-            "loss": trained[-1]["loss"] if trained else None,
-        }
+        newest, steps = lines[-1], self._config.steps
+        self._shown = newest["step"]
+        text = f"{self._config.run}: step {self._shown} of {steps}, {newest['bits_per_dim']} bits/dim"
+        update_progress_artifact(self._artifact, min(100.0 * self._shown / steps, 100.0), description=text)
 
 
-def loss_curve(lines: Sequence[dict[str, Any]]) -> str:
-    """A line chart of the loss by step, as a data URI (PNG)."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    axes = figure.subplots()
-    trained = [line for line in lines if "loss" in line]
-    axes.plot([line["step"] for line in trained], [line["loss"] for line in trained], linewidth=1)
-    axes.set(xlabel="step", ylabel="loss")
-    axes.grid(alpha=0.3)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=100)
-    return "data:image/png;base64," + base64.b64encode(picture.getvalue()).decode()
-
-
-def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    """Values as YAML's plain types."""
-    return {name: json.loads(json.dumps(value, default=str)) for name, value in values.items()}
+def publish(config: TrainConfig, command: str) -> dict[str, Any]:
+    """Artifacts of what is committed: curves, answer, how to resume. Returns the answer."""
+    shown = describe_run(config.store, config.run)
+    keys = ("run", "state", "step", "steps", "snapshot", "held_out_bits_per_dim", "restarts", "metrics_url")
+    answer = {key: shown[key] for key in keys}
+    create_table_artifact(answer_rows(answer), key="train-answer", description=f"Run {config.run}")
+    with tempfile.TemporaryDirectory() as folder:
+        picture = Path(folder) / "curves.png"
+        draw_curves(open_store(config.store), [config.run], picture)
+        encoded = base64.b64encode(picture.read_bytes()).decode()
+    create_image_artifact(
+        f"data:image/png;base64,{encoded}", key="train-curves", description=f"Curves of run {config.run}"
+    )
+    create_markdown_artifact(
+        f"The newest checkpoint is step {answer['step']} of run `{config.run}` in `{config.store}`. To go on, retry "
+        "this flow run, start this deployment with the same parameters, or on any machine that reaches the store:\n\n"
+        f"```sh\n{command}\n```\n",
+        key="train-resume",
+        description="How to resume",
+    )
+    return answer

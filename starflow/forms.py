@@ -5,6 +5,7 @@ So one model fills configuration file, command line and form.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Annotated, Any, TypeVar
@@ -14,36 +15,35 @@ from pydantic.fields import FieldInfo
 
 from starflow.config import Config
 
-F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
 
 
 def parameters_of(
     model: type[Config], *, optional: Collection[str] = (), hidden: Collection[str] = ()
-) -> Callable[[F], F]:
+) -> Callable[[Callable[..., T]], Callable[..., T]]:
     """Decorator: `function(**parameters)` gets the fields of `model`, flat, as keyword-only parameters.
 
-    Types, bounds, defaults and descriptions are the model's. Fields in `optional` may be left out although the
-    model requires them (something else fills them, such as a preset) and then are absent from `parameters`, as
-    is every parameter that is None by default. Fields in `hidden` are no parameters.
+    Types, bounds, defaults and descriptions are the model's. Fields in `optional` are None when left out, whatever
+    the model says: something else fills them, such as a preset. Fields in `hidden` are no parameters. The function
+    itself is called with those that differ from the form's defaults only.
     """
     fields = {name: field for name, field in model.model_fields.items() if name not in hidden}
+    parameters = [_parameter(name, field, name in optional) for name, field in fields.items()]
+    defaults = {parameter.name: parameter.default for parameter in parameters}
 
-    def decorate(function: F) -> F:
-        parameters = [_parameter(name, field, name in optional) for name, field in fields.items()]
-        signature = inspect.Signature(parameters, return_annotation=dict[str, Any])
-        function.__signature__ = signature  # type: ignore[attr-defined]
-        function.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-        summary = inspect.cleandoc(function.__doc__ or "")
+    def decorate(function: Callable[..., T]) -> Callable[..., T]:
+        @functools.wraps(function)
+        def call(**given: Any) -> T:
+            return function(**{name: value for name, value in given.items() if value != defaults[name]})
+
+        annotations = {parameter.name: parameter.annotation for parameter in parameters}
+        call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        call.__annotations__ = annotations
         lines = [f"    {name}: {field.description}" for name, field in fields.items() if field.description]
-        function.__doc__ = "\n".join([summary, "", "Args:", *lines])
-        return function
+        call.__doc__ = "\n".join([inspect.cleandoc(function.__doc__ or ""), "", "Args:", *lines])
+        return call
 
     return decorate
-
-
-def given(parameters: dict[str, Any]) -> dict[str, Any]:
-    """`parameters` without those left empty."""
-    return {name: value for name, value in parameters.items() if value is not None}
 
 
 def answer_rows(answer: Mapping[str, Any], prefix: str = "") -> list[dict[str, Any]]:
@@ -77,10 +77,10 @@ def _parameter(name: str, field: FieldInfo, optional: bool) -> inspect.Parameter
         annotation = Annotated[annotation, constraint]
     title = field.title or name.replace("_", " ").capitalize()
     default: Any = inspect.Parameter.empty
-    if not field.is_required():
-        default = field.get_default(call_default_factory=True)
-    elif optional:
+    if optional:
         annotation, default = annotation | None, None
+    elif not field.is_required():
+        default = field.get_default(call_default_factory=True)
     # Prefect sets its own title, the parameter's name; only the schema's extras survive that.
     annotation = Annotated[annotation, Field(json_schema_extra={"title": title})]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)

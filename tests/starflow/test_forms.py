@@ -5,13 +5,12 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from hypothesis import given as hypothesis_given
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import Field
 
 from starflow.config import Config
-from starflow.forms import answer_from_rows, answer_rows, given, parameters_of
+from starflow.forms import answer_from_rows, answer_rows, parameters_of
 
 
 class Recipe(Config):
@@ -22,24 +21,24 @@ class Recipe(Config):
     secret: str = "salt"
 
 
-@parameters_of(Recipe, optional=("flour",), hidden=("secret",))
+@parameters_of(Recipe, optional=("flour", "nuts"), hidden=("secret",))
 def bake(**parameters: Any) -> dict[str, Any]:
     """Bakes."""
-    return given(parameters)
+    return parameters
 
 
 def test_parameters_carry_defaults_and_order() -> None:
     parameters = inspect.signature(bake).parameters
     assert list(parameters) == ["flour", "oven", "nuts", "notes"]
-    assert [p.default for p in parameters.values()] == [None, 180, (), None]
+    assert [p.default for p in parameters.values()] == [None, 180, None, None]
 
 
 def test_docstring_explains_each_parameter() -> None:
     assert bake.__doc__ == "Bakes.\n\nArgs:\n    flour: Grams.\n    oven: Degrees."
 
 
-def test_empty_parameters_are_left_out() -> None:
-    assert bake(flour=None, oven=200) == {"oven": 200}
+def test_only_what_differs_from_the_form_is_given() -> None:
+    assert bake(flour=None, oven=180, nuts=(), notes="hot") == {"nuts": (), "notes": "hot"}
 
 
 names = st.text(st.characters(categories=["Ll", "Nd"], include_characters="-_"), min_size=1)
@@ -47,6 +46,6 @@ values = st.none() | st.integers() | st.text()
 
 
 @settings(deadline=None, derandomize=True)
-@hypothesis_given(st.dictionaries(names, values | st.dictionaries(names, values)))
+@given(st.dictionaries(names, values | st.dictionaries(names, values)))
 def test_answers_survive_the_table(answer: dict[str, Any]) -> None:
     assert answer_from_rows(answer_rows(answer)) == answer
