@@ -23,7 +23,7 @@ from pipelines.encode_plan import EncodeConfig, EncodePlan, Models, PlannedPart,
 from pipelines.encode_shard import EncodedShard, ShardEncoder, load_marker, marker_key, read_members
 from starflow import manifest
 from starflow.config import Config
-from starflow.errors import NotFoundError, StarflowError
+from starflow.errors import StarflowError
 from starflow.objectstore import ObjectStore
 from starflow.parts import finish_part
 from starflow.snapshots import Part, newest_snapshot
@@ -64,13 +64,17 @@ def encode(
     Calling it again with the same arguments goes on where it stopped and returns the same parts. Nothing it
     writes is visible to readers until a snapshot names the parts. Raises EncodeError or StoreError.
     """
+    newest = newest_snapshot(store)
+    removed = newest.takedowns if newest else None
+    # A plan made before a takedown would bring back what was taken down: each takedown has plans of its own.
+    work = f"{work}/{removed.sha256[:16] if removed else 'all'}"
     plan = load_plan(store, work, tables, config)
     done = _finished(store, work, plan)
     if plan is None or len(done) < _shards(plan):
         with _actors(store, config, work) as actors:
             models = actors.models()
             if plan is None:
-                plan = make_plan(store, work, tables, config, models, _takedowns(store))
+                plan = make_plan(store, work, tables, config, models, Takedowns.load(store, removed))
                 done = _finished(store, work, plan)
             _run(actors, plan, done, on_progress)
             done = _finished(store, work, plan)
@@ -86,24 +90,29 @@ def encode(
     return EncodeResult(parts=tuple(parts), dropped=dict(sorted(dropped.items())))
 
 
-def _takedowns(store: ObjectStore) -> Takedowns:
-    newest = newest_snapshot(store)
-    return Takedowns.load(store, newest.takedowns if newest else None)
-
-
 def _shards(plan: EncodePlan) -> int:
     return sum(part.plan.shards for part in plan.parts)
 
 
 def _finished(store: ObjectStore, work: str, plan: EncodePlan | None) -> dict[tuple[str, int], EncodedShard]:
-    """The records of the plan's finished shards."""
-    found = {info.key for info in store.list(f"{work}/shards/")} if plan else set()
-    return {
-        (part.plan.id, index): load_marker(store, work, part.plan.id, index)
-        for part in (plan.parts if plan else ())
-        for index in range(part.plan.shards)
-        if marker_key(work, part.plan.id, index) in found
-    }
+    """The records of the plan's finished shards, as far as their objects are there.
+
+    They may be gone: a refresh left alone for long is garbage, whose objects are collected.
+    """
+    found: dict[tuple[str, int], EncodedShard] = {}
+    markers = {info.key for info in store.list(f"{work}/shards/")} if plan else set()
+    for planned in plan.parts if plan else ():
+        part = planned.plan.id
+        present = {info.key for info in store.list(f"parts/{part}/")}
+        for index in range(planned.plan.shards):
+            if marker_key(work, part, index) not in markers:
+                continue
+            shard = load_marker(store, work, part, index)
+            if present.issuperset(ref.key for ref in shard.ref.objects.values()):
+                found[part, index] = shard
+            else:
+                store.delete([marker_key(work, part, index)])
+    return found
 
 
 def _run(
@@ -130,7 +139,7 @@ def _run(
             if attempts[part.plan.id, index] >= ATTEMPTS:
                 raise EncodeError(
                     f"shard {index} of part {part.plan.id} failed {ATTEMPTS} times because its actor died "
-                    f"({error}); give actors more memory, or set a smaller batch_size or shard_bytes"
+                    f"({error}); give actors more memory, or set a smaller vae_batch or shard_bytes"
                 ) from error
             actors.replace(actor)
             waiting.appendleft((part, index))
@@ -145,12 +154,14 @@ def _run(
 def _finish(store: ObjectStore, work: str, planned: PlannedPart, shards: Sequence[EncodedShard]) -> Part:
     """Completes a part, or returns what an earlier call has completed."""
     key = f"{work}/parts/{planned.plan.id}.json"
-    try:
-        return Part.model_validate(manifest.load(store, key, PART_KIND, PART_VERSION))
-    except NotFoundError:
-        part = finish_part(store, planned.plan, [shard.ref for shard in shards], _member_tables(store, planned))
-        manifest.commit(store, key, PART_KIND, PART_VERSION, part.model_dump(mode="json"))
-        return part
+    if store.head(key) is not None:
+        part = Part.model_validate(manifest.load(store, key, PART_KIND, PART_VERSION))
+        if store.head(part.samples.key) is not None:
+            return part
+        store.delete([key])  # collected as garbage; see _finished
+    part = finish_part(store, planned.plan, [shard.ref for shard in shards], _member_tables(store, planned))
+    manifest.commit(store, key, PART_KIND, PART_VERSION, part.model_dump(mode="json"))
+    return part
 
 
 def _member_tables(store: ObjectStore, planned: PlannedPart) -> Iterator[pa.Table]:

@@ -58,7 +58,7 @@ class EncodeConfig(Config):
     cpus_per_actor: int = Field(1, ge=1, description="CPU cores that Ray reserves for each actor.")
     gpus_per_actor: float = Field(0, ge=0, description="Share of a GPU that Ray reserves for each actor.")
     address: str | None = Field(None, description="Ray cluster: null starts one here, auto finds the running one.")
-    batch_size: int = Field(0, ge=0, description="Pictures the VAE encodes at once; 0: 16 on CPU, what fits on GPU.")
+    vae_batch: int = Field(0, ge=0, description="Pictures the VAE encodes at once; 0: 16 on CPU, what fits on GPU.")
     chunk_bytes: int = Field(CHUNK_BYTES, ge=1, description="Size of a chunk of an array.")
     shard_bytes: int = Field(SHARD_BYTES, ge=1, description="Size of a shard object of an array.")
 
@@ -111,7 +111,7 @@ def nearest_bucket(widths: np.ndarray, heights: np.ndarray, sizes: Sequence[tupl
 
 def request_hash(tables: Sequence[str], config: EncodeConfig) -> str:
     """Hash of what a plan is for; how many actors work on it, and where, is not part of it."""
-    settings = config.model_dump(exclude={"actors", "cpus_per_actor", "gpus_per_actor", "address", "batch_size"})
+    settings = config.model_dump(exclude={"actors", "cpus_per_actor", "gpus_per_actor", "address", "vae_batch"})
     return hashlib.sha256(json.dumps([list(tables), settings], sort_keys=True).encode()).hexdigest()
 
 

@@ -72,7 +72,7 @@ class ShardEncoder:
 
     def __init__(self, store: str, config: EncodeConfig, work: str) -> None:
         self.store, self.config, self.work = open_store(store), config, work
-        self.batch_size = config.batch_size or (GPU_BATCH if config.gpus_per_actor else CPU_BATCH)
+        self.batch_size = config.vae_batch or (GPU_BATCH if config.gpus_per_actor else CPU_BATCH)
         self.threads = ThreadPoolExecutor(config.cpus_per_actor + 1, thread_name_prefix="decode")
         self.turn = threading.Lock()
 

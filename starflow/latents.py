@@ -8,6 +8,7 @@ incompressible, so nothing is compressed; each shard ends in a checksummed index
 from __future__ import annotations
 
 import mmap
+import os
 from collections.abc import Mapping
 from typing import Any, BinaryIO
 
@@ -85,11 +86,17 @@ def _contents(memory: MemoryStore) -> dict[str, bytes]:
     return sync(collect())
 
 
+def map_file(file: BinaryIO) -> mmap.mmap | bytes:
+    """The content of an open file without reading it; the file may be closed afterwards."""
+    empty = file.seek(0, os.SEEK_END) == 0  # an empty file cannot be mapped
+    return b"" if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
 class MappedShard:
     """One shard, memory-mapped; rows are copied out of the page cache, nothing else is read."""
 
-    def __init__(self, file: BinaryIO, spec: ArraySpec, rows: int, chunk: int, shard: int, name: str) -> None:
-        """Maps `file`, which may be closed afterwards. `rows` is how many of its `shard` rows are in use.
+    def __init__(self, data: mmap.mmap | bytes, spec: ArraySpec, rows: int, chunk: int, shard: int, name: str) -> None:
+        """`rows` is how many of the `shard` rows are in use.
 
         Raises CorruptError naming `name` when the chunk index fails its checksum or points outside.
         """
@@ -98,20 +105,15 @@ class MappedShard:
         self._row_items = int(np.prod(self.shape))
         chunk_bytes = chunk * self._row_items * dtype.itemsize
         index_bytes = shard // chunk * 16
-        try:
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except ValueError as error:
-            raise CorruptError(f"shard {name} is empty; restore it") from error
-        index = self._map[-index_bytes - 4 : -4]
-        checksum = int.from_bytes(self._map[-4:], "little")
+        index, checksum = data[-index_bytes - 4 : -4], int.from_bytes(data[-4:], "little")
         if len(index) != index_bytes or google_crc32c.value(index) != checksum:
             raise CorruptError(f"shard {name} is corrupt: the checksum of its chunk index differs; restore it")
         entries = np.frombuffer(index, "<u8").reshape(-1, 2)[: -(-rows // chunk)]
-        data_bytes = len(self._map) - index_bytes - 4
+        data_bytes = len(data) - index_bytes - 4
         if np.any(entries[:, 1] != chunk_bytes) or np.any(entries[:, 0] > data_bytes - chunk_bytes):
             raise CorruptError(f"shard {name} is corrupt: its index points outside of it; restore it")
         offsets = entries[:, 0].astype(np.int64)
-        items = np.frombuffer(self._map, dtype, count=data_bytes // dtype.itemsize)
+        items = np.frombuffer(data, dtype, count=data_bytes // dtype.itemsize)
         self._items = items
         self._starts = offsets // dtype.itemsize
         # zarr-python writes chunks one after the other; then all rows are one array.

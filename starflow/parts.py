@@ -128,7 +128,7 @@ def write_shard(
     for name, rows in arrays.items():
         key = shard_key(plan.id, name, index, rows.ndim)
         data = latents.encode_shard(rows.astype(plan.arrays[name].dtype, copy=False), plan.chunk, plan.shard)
-        objects[name] = _create(store, key, data)
+        objects[name] = create_object(store, key, data)
     return ShardRef(
         index=index,
         rows=len(ids),
@@ -138,7 +138,8 @@ def write_shard(
     )
 
 
-def _create(store: ObjectStore, key: str, data: bytes) -> ObjectRef:
+def create_object(store: ObjectStore, key: str, data: bytes) -> ObjectRef:
+    """Creates the object, or adopts what another writer of the same samples has put there."""
     try:
         store.create(key, data)
     except AlreadyExistsError:

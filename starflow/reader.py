@@ -7,7 +7,6 @@ into a bounded cache on disk (S3); captions are mapped likewise, as Arrow.
 
 from __future__ import annotations
 
-import mmap
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +23,7 @@ from numpy.typing import NDArray
 from starflow import manifest
 from starflow.cache import FileCache
 from starflow.errors import CorruptError
-from starflow.latents import MappedShard
+from starflow.latents import MappedShard, map_file
 from starflow.manifest import ObjectRef
 from starflow.objectstore import LocalStore, ObjectStore
 from starflow.shardindex import Ints, RowMap, ShardIndex, read_index
@@ -247,7 +246,7 @@ class _PartReader:
         ref = index.object(array, shard, len(spec.shape))
         rows = min(self.part.shard, self.part.rows - shard * self.part.shard)
         with self._open(ref) as file:
-            return MappedShard(file, spec, rows, self.part.chunk, self.part.shard, ref.key)
+            return MappedShard(map_file(file), spec, rows, self.part.chunk, self.part.shard, ref.key)
 
     def _open(self, ref: ObjectRef) -> BinaryIO:
         store = self.reader.store
@@ -303,7 +302,7 @@ class _PartReader:
         if ref.sha256 not in self._tables:
             cache = self.reader.cache
             with cache.open(f"{kind}-{ref.sha256}", lambda path: _to_arrow(self.reader.store, ref, path)) as file:
-                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                mapped = map_file(file)
             self._tables[ref.sha256] = pa.ipc.open_file(pa.py_buffer(mapped)).read_all()
         return self._tables[ref.sha256]
 

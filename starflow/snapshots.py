@@ -131,7 +131,7 @@ def publish(
     Raises StoreError for parts of different VAEs or without samples, and AlreadyExistsError when somebody
     else has published on top of `parent` meanwhile.
     """
-    _check_parts(parent, parts)
+    _check_parts(parent, parts, bool(withdrawn))
     takedowns = takedowns or (parent.takedowns if parent else None)
     if parent is not None and list(parts) == list(parent.parts) and takedowns == parent.takedowns:
         return parent
@@ -142,7 +142,7 @@ def publish(
         "number": parent.number + 1 if parent else 1,
         "parent": parent.id if parent else None,
         "image_size": image_size,
-        "vae": parts[0].vae.model_dump(),
+        "vae": (parent.vae if parent else parts[0].vae).model_dump(),
         "counts": counts.model_dump(),
         "dropped": dict(dropped or {}),
         "sources": dict(sources or {}),
@@ -168,8 +168,8 @@ def publish(
     return _snapshot(body, tuple(parts))
 
 
-def _check_parts(parent: Snapshot | None, parts: Sequence[Part]) -> None:
-    if not sum(part.count for part in parts):
+def _check_parts(parent: Snapshot | None, parts: Sequence[Part], takedown: bool) -> None:
+    if not sum(part.count for part in parts) and not takedown:
         raise StoreError("a snapshot without any sample cannot be published; see why the samples were dropped")
     expected = parent.vae if parent else parts[0].vae
     for part in parts:

@@ -149,8 +149,8 @@ def test_errors_in_actors_come_through_in_one_sentence(cluster, store, tmp_path)
 
 def encode_here(store, table, settings):
     """Makes the shards in this process; `encode` then finds nothing left for actors to do."""
-    encoder = ShardEncoder(store.url, settings, "crawl/work")
-    plan = make_plan(store, "crawl/work", [table], settings, encoder.models(), Takedowns())
+    encoder = ShardEncoder(store.url, settings, "crawl/work/all")
+    plan = make_plan(store, "crawl/work/all", [table], settings, encoder.models(), Takedowns())
     for part in plan.parts:
         for index in range(part.plan.shards):
             encoder.encode(part, index)
@@ -161,7 +161,7 @@ def test_a_shard_finished_twice_is_the_same_shard(store, vae_folder):
     table, _ = crawl(store, 30)
     _, plan, result = encode_here(store, table, config(vae_folder))
     before = {info.key: info.etag for info in store.list("parts/")}
-    late = ShardEncoder(store.url, config(vae_folder, batch_size=3), "crawl/work")
+    late = ShardEncoder(store.url, config(vae_folder, vae_batch=3), "crawl/work/all")
     late.models()
     assert late.encode(plan.parts[0], 0).ref.candidates is not None
     assert {info.key: info.etag for info in store.list("parts/")} == before

@@ -6,7 +6,7 @@ import pytest
 import zarr
 
 from starflow.errors import CorruptError
-from starflow.latents import MappedShard, encode_shard, layout, write_metadata
+from starflow.latents import MappedShard, encode_shard, layout, map_file, write_metadata
 from starflow.objectstore import open_store
 from starflow.snapshots import ArraySpec
 
@@ -19,7 +19,7 @@ def mapped(tmp_path, data, spec, count, chunk=4, shard=8):
     path = tmp_path / "shard"
     path.write_bytes(data)
     with path.open("rb") as file:
-        return MappedShard(file, spec, count, chunk, shard, "the-shard")
+        return MappedShard(map_file(file), spec, count, chunk, shard, "the-shard")
 
 
 @pytest.mark.parametrize("count", [1, 4, 8, 16, 21])

@@ -1,0 +1,155 @@
+"""Takedown: a new snapshot without some samples, whose parts are rewritten without their bytes.
+
+Only parts that held such a sample are rewritten, and of these only the touched shards are decoded; the others
+are copied. The new snapshot names the parts it withdraws. Until `starflow.upkeep.collect_garbage` has run, older
+snapshots and their bytes are still there; afterwards they are gone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from starflow import manifest
+from starflow.errors import AlreadyExistsError, NotFoundError
+from starflow.latents import MappedShard, encode_shard
+from starflow.objectstore import ObjectStore
+from starflow.parts import SAMPLES, LayerPlan, PartPlan, create_object, finish_part
+from starflow.shardindex import ShardIndex, ShardRef, held_out_candidates, read_index, shard_key
+from starflow.snapshots import ArraySpec, Part, Snapshot, newest_snapshot, publish
+from starflow.takedowns import Takedowns
+
+#: Shards rewritten at a time.
+THREADS = 4
+
+
+@dataclass(frozen=True)
+class Removal:
+    """What a takedown did."""
+
+    snapshot: Snapshot
+    removed: int
+
+
+def take_down(store: ObjectStore, requested: Takedowns) -> Removal:
+    """Publishes a snapshot without the samples that `requested` names, and records that they stay out.
+
+    On top of whatever others publish meanwhile. Raises NotFoundError in a store without snapshots.
+    """
+    while True:
+        parent = newest_snapshot(store)
+        if parent is None:
+            raise NotFoundError(f"{store.url} holds no snapshot; there is nothing to take down")
+        recorded = Takedowns.load(store, parent.takedowns)
+        parts, withdrawn, removed = [], [], 0
+        for part in parent.parts:
+            samples = pq.read_table(pa.BufferReader(manifest.get(store, part.samples)))
+            blocked = requested.blocks(samples["id"].to_pylist(), samples["url"].to_pylist())
+            if not blocked.any():
+                parts.append(part)
+                continue
+            withdrawn.append(part.id)
+            removed += int(blocked.sum())
+            if not blocked.all():
+                parts.append(_without(store, part, samples, blocked))
+        try:
+            snapshot = publish(
+                store,
+                parent=parent,
+                parts=parts,
+                image_size=parent.image_size,
+                dropped={"taken down": removed},
+                versions=parent.versions,
+                attribution=parent.attribution,
+                withdrawn=withdrawn,
+                takedowns=(recorded | requested).save(store),
+            )
+        except AlreadyExistsError:
+            continue  # somebody published meanwhile: take down from theirs
+        return Removal(snapshot, removed)
+
+
+def _without(store: ObjectStore, part: Part, samples: pa.Table, blocked: NDArray[np.bool_]) -> Part:
+    """A copy of `part` in which the blocked samples (a mask over `samples`) are holes of zeros."""
+    removed = samples.filter(pa.array(blocked))
+    digest = hashlib.sha256("\n".join([part.id, *sorted(removed["id"].to_pylist())]).encode())
+    specs = dict(part.arrays) | {layer.text.array: layer.text.spec for layer in part.captions if layer.text}
+    plan = PartPlan(
+        id=digest.hexdigest()[:24],
+        grid=part.grid,
+        rows=part.rows,
+        chunk=part.chunk,
+        shard=part.shard,
+        arrays=specs,
+        layers=tuple(
+            LayerPlan(origin=c.origin, version=c.version, weight=c.weight, text=c.text.encoder if c.text else None)
+            for c in part.captions
+        ),
+        vae=part.vae,
+    )
+    indices = {name: _index(store, part, name) for name in specs}
+    kept = samples.filter(pa.array(~blocked))
+    removed_rows = removed["row"].to_numpy()
+    with ThreadPoolExecutor(THREADS) as pool:
+        refs = pool.map(
+            lambda shard: _rewrite_shard(store, plan, indices, shard, removed_rows, kept), range(plan.shards)
+        )
+        return finish_part(store, plan, list(refs), _tables(store, part, plan, kept))
+
+
+def _index(store: ObjectStore, part: Part, array: str) -> ShardIndex:
+    texts = {layer.text.array: layer.text.index for layer in part.captions if layer.text}
+    return read_index(part.id, manifest.get(store, texts.get(array, part.index)), part.shard)
+
+
+def _rewrite_shard(
+    store: ObjectStore,
+    plan: PartPlan,
+    indices: dict[str, ShardIndex],
+    shard: int,
+    removed: NDArray[np.int64],
+    kept: pa.Table,
+) -> ShardRef:
+    first, rows = shard * plan.shard, plan.shard_rows(shard)
+    here = removed[(removed >= first) & (removed < first + rows)] - first
+    objects = {}
+    for name, spec in plan.arrays.items():
+        old = indices[name].object(name, shard, len(spec.shape))
+        data = manifest.get(store, old)
+        if len(here):
+            data = _zeroed(data, spec, rows, plan, here, old.key)
+        objects[name] = create_object(store, shard_key(plan.id, name, shard, len(spec.shape)), data)
+    ids: list[str | None] = [None] * rows
+    for row, id in zip(kept["row"].to_pylist(), kept["id"].to_pylist(), strict=True):
+        if first <= row < first + rows:
+            ids[row - first] = id
+    holes = tuple(row for row, id in enumerate(ids) if id is None)
+    return ShardRef(index=shard, rows=rows, objects=objects, holes=holes, candidates=held_out_candidates(ids))
+
+
+def _zeroed(data: bytes, spec: ArraySpec, rows: int, plan: PartPlan, here: NDArray[np.int64], key: str) -> bytes:
+    values = np.empty((rows, *spec.shape[1:]), spec.dtype)
+    MappedShard(data, spec, rows, plan.chunk, plan.shard, key).gather(np.arange(rows), values)
+    values[here] = 0
+    return encode_shard(values, plan.chunk, plan.shard)
+
+
+def _tables(store: ObjectStore, part: Part, plan: PartPlan, kept: pa.Table) -> Iterator[pa.Table]:
+    """The tables that `finish_part` wants: every row of each shard, null where there is no sample."""
+    captions = [pq.read_table(pa.BufferReader(manifest.get(store, layer.captions))) for layer in part.captions]
+    place = np.full(plan.rows, -1)
+    place[kept["row"].to_numpy()] = np.arange(len(kept))
+    for shard in range(plan.shards):
+        first = shard * plan.shard
+        chosen = place[first : first + plan.shard_rows(shard)]
+        table = kept.select(SAMPLES.names[1:]).take(pa.array(chosen, mask=chosen < 0))
+        for number, layer in enumerate(captions):
+            table = table.append_column(f"caption:{number}", layer["caption"].slice(first, len(chosen)))
+        yield table

@@ -1,0 +1,189 @@
+"""Takedown, garbage collection, verification and differences of snapshots, proven on the stored bytes."""
+
+import hashlib
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zarr
+
+from starflow import upkeep
+from starflow.encoders import TextIdentity, VAEIdentity
+from starflow.errors import ConfigError, NotFoundError
+from starflow.objectstore import open_store
+from starflow.parts import LayerPlan, part_from_arrays
+from starflow.reader import SnapshotReader
+from starflow.removal import take_down
+from starflow.snapshots import load_snapshot, publish
+from starflow.takedowns import Takedowns
+from starflow.upkeep import collect_garbage, difference, verify
+
+VAE = VAEIdentity(name="test", sha256="0" * 64, scaling_factor=1.0, channels=2, downsampling=8)
+GRID = (2, 3)
+
+
+def name(number):
+    return hashlib.sha256(str(number).encode()).hexdigest()
+
+
+def make_part(store, start, count=40):
+    random = np.random.default_rng(start)
+    mean, std = random.normal(size=(2, count, 2, *GRID)).astype(np.float16)
+    numbers = range(start, start + count)
+    samples = pa.table(
+        {"id": [name(n) for n in numbers], "url": [f"http://host{n % 4}.example/secret-{n}" for n in numbers]}
+    )
+    layer = LayerPlan(origin="alt-text", version="1", text=TextIdentity(name="t", sha256="1"))
+    text = random.normal(size=(count, 2, 3)).astype(np.float16)
+    captions = [f"secret caption {n}" for n in numbers]
+    return part_from_arrays(store, VAE, mean, std, samples, [(layer, captions)], [text], shard_bytes=2**18), mean, text
+
+
+@pytest.fixture
+def store(tmp_path):
+    return open_store(str(tmp_path / "store"))
+
+
+def stored_bytes(store):
+    """Everything under the store, decompressed where it is Parquet."""
+    found = []
+    for path in sorted(Path(store.url).rglob("*")):
+        if path.is_file():
+            found.append(path.read_bytes())
+            if path.suffix == ".parquet" and "takedowns" not in path.parts:
+                found.append(str(pq.read_table(path).to_pylist()).encode())
+    return b"\n".join(found)
+
+
+def test_after_takedown_and_gc_no_bytes_are_left(store, tmp_path):
+    (a, mean, text), (b, _, _) = make_part(store, 0), make_part(store, 1000)
+    first = publish(store, parent=None, parts=[a], image_size=16)
+    second = publish(store, parent=first, parts=[a, b], image_size=16)
+    victim = 17
+    traces = [mean[victim].tobytes(), text[victim].tobytes(), b"secret caption 17'", name(victim).encode()]
+    assert all(trace in stored_bytes(store) for trace in traces)
+
+    removal = take_down(store, Takedowns([("url", f"http://host1.example/secret-{victim}")]))
+    assert removal.removed == 1
+    assert removal.snapshot.counts.model_dump() == {"added": 0, "kept": 79, "total": 79}
+    assert removal.snapshot.parent == second.id
+    garbage = collect_garbage(store)
+    assert set(garbage.snapshots) == {first.id, second.id}
+    assert not any(trace in stored_bytes(store) for trace in traces)
+    assert verify(store, removal.snapshot, read=True) == []
+
+    reader = SnapshotReader(store, removal.snapshot, tmp_path / "cache")
+    batch = reader.gather(GRID, np.arange(79))
+    kept = [n for n in [*range(40), *range(1000, 1040)] if n != victim]
+    assert batch.ids == [name(n) for n in kept]
+    assert batch.captions == [f"secret caption {n}" for n in kept]
+    place = batch.ids.index(name(18))
+    assert np.array_equal(batch.mean[place], mean[18])
+    assert np.array_equal(batch.text[place], text[18])
+    part = next(part for part in removal.snapshot.parts if part.id not in (a.id, b.id))
+    assert not zarr.open_group(f"{store.url}/parts/{part.id}", mode="r")["mean"][victim].any()
+    assert part.count == 39
+
+
+def test_takedown_by_host_id_and_of_everything(store):
+    first = publish(store, parent=None, parts=[make_part(store, 0)[0]], image_size=16)
+    by_host = take_down(store, Takedowns([("host", "host2.example"), ("id", name(1))]))
+    assert by_host.removed == 11
+    nothing = take_down(store, Takedowns([("host", "elsewhere.example")]))
+    assert nothing.removed == 0
+    assert nothing.snapshot.parts == by_host.snapshot.parts
+    recorded = Takedowns.load(store, nothing.snapshot.takedowns)
+    assert recorded.entries == {("host", "host2.example"), ("id", name(1)), ("host", "elsewhere.example")}
+    assert recorded.blocks([None, None], ["http://sub.HOST2.example:80/x", "http://nothost2.example/"]).tolist() == [
+        True,
+        False,
+    ]
+    empty = take_down(store, Takedowns([("host", "example")]))
+    assert empty.snapshot.counts.total == 0
+    assert difference(store, first, empty.snapshot).removed == 40
+
+
+def test_takedowns_that_mean_nothing_are_refused(store):
+    with pytest.raises(NotFoundError, match="no snapshot"):
+        take_down(store, Takedowns([("id", "x")]))
+    with pytest.raises(ConfigError, match="colour"):
+        Takedowns([("colour", "red")])
+
+
+def test_takedown_goes_on_from_whoever_published_meanwhile(store, monkeypatch):
+    a, b = make_part(store, 0)[0], make_part(store, 1000)[0]
+    first = publish(store, parent=None, parts=[a], image_size=16)
+    save, calls = Takedowns.save, []
+
+    def save_after_a_rival(self, where):
+        if not calls:
+            calls.append(publish(store, parent=first, parts=[a, b], image_size=16))
+        return save(self, where)
+
+    monkeypatch.setattr(Takedowns, "save", save_after_a_rival)
+    removal = take_down(store, Takedowns([("id", name(1000)), ("id", name(3))]))
+    assert removal.snapshot.parent == calls[0].id
+    assert removal.removed == 2
+
+
+def test_orphans_wait_for_a_second_run(store, monkeypatch):
+    a, orphan = make_part(store, 0)[0], make_part(store, 1000)[0]
+    snapshot = publish(store, parent=None, parts=[a], image_size=16)
+    assert collect_garbage(store).waiting == (f"parts/{orphan.id}/",)
+    assert collect_garbage(store).objects == 0
+
+    class Later(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return datetime.now(UTC) + timedelta(hours=169)
+
+    monkeypatch.setattr(upkeep, "datetime", Later)
+    assert collect_garbage(store, dry_run=True).groups == (f"parts/{orphan.id}/",)
+    assert list(store.list(f"parts/{orphan.id}/"))
+    collect_garbage(store)
+    assert not list(store.list(f"parts/{orphan.id}/"))
+    assert verify(store, snapshot) == []
+
+
+def test_old_snapshots_go_but_what_newer_ones_share_stays(store):
+    a, b, c = (make_part(store, start)[0] for start in (0, 1000, 2000))
+    first = publish(store, parent=None, parts=[a, c], image_size=16)
+    second = publish(store, parent=first, parts=[a, b], image_size=16)
+    assert collect_garbage(store, keep=1, grace_hours=0).snapshots == (first.id,)
+    assert verify(store, load_snapshot(store), read=True) == []
+    assert not list(store.list(f"parts/{c.id}/"))
+    assert load_snapshot(store) == second
+    third = publish(store, parent=second, parts=[a, b, make_part(store, 3000)[0]], image_size=16)
+    assert third.number == 3
+
+
+def test_verify_names_what_is_wrong(store):
+    part = make_part(store, 0)[0]
+    snapshot = publish(store, parent=None, parts=[part], image_size=16)
+    key = f"parts/{part.id}/mean/c/0/0/0/0"
+    data = bytearray(store.read(key))
+    data[5] ^= 1
+    store.write(key, bytes(data))
+    assert verify(store, snapshot) == []
+    (problem,) = verify(store, snapshot, read=True)
+    assert key in problem
+    store.write(key, bytes(data[:-1]))
+    assert verify(store, snapshot) == [f"{key} has {len(data) - 1} bytes instead of {len(data)}"]
+    store.delete([key, f"parts/{part.id}/std/zarr.json", part.samples.key])
+    assert len(verify(store, snapshot)) == 3
+    store.delete([part.index.key])
+    assert "index.parquet" in verify(store, snapshot)[0]
+
+
+def test_difference_counts_samples_and_parts(store):
+    a, b = make_part(store, 0)[0], make_part(store, 1000, 7)[0]
+    first = publish(store, parent=None, parts=[a], image_size=16)
+    second = publish(store, parent=first, parts=[a, b], image_size=16)
+    third = take_down(store, Takedowns([("id", name(5))])).snapshot
+    found = difference(store, first, third)
+    assert (found.added, found.removed, found.total) == (7, 1, (40, 46))
+    assert found.grids == {"2x3": (40, 46)}
+    assert difference(store, second, second).parts_added == ()
