@@ -182,10 +182,10 @@ class Engine:
         norm = nn.utils.get_total_norm([p.grad for p in self.flow.parameters() if p.grad is not None])
         self._norm = float(norm)
         applied = not skip and self._norm <= self.norm_limit  # False for NaN
-        if not applied:
-            for parameter in self.flow.parameters():
-                parameter.grad = None
-        self._engine.step()
+        if applied:
+            self._engine.step()
+        else:
+            self._engine.zero_grad()
         return StepResult(self._norm, applied)
 
     def _guard_steps(self) -> None:

@@ -1,0 +1,186 @@
+"""Saves and resumes of one rank in this process: layout, a dying uploader, a failing store, another run's state."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load
+from small_snapshot import TEXT, VAE
+
+from starflow import manifest
+from starflow.checkpoints import Progress, TrainedInfo, load_manifest, read_weights
+from starflow.errors import ConfigError, CorruptError
+from starflow.model import STARFlow
+from training.checkpoint import Saver, Snapshot
+from training.ema import EMA
+from training.engine import Engine
+from training.lease import Lease
+from training.resume import resume
+from training.worker import architecture
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_rank(tmp_path_factory):
+    file = tmp_path_factory.mktemp("rendezvous") / "store"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOCAL_RANK", "0")  # what torchrun sets
+        dist.init_process_group("gloo", init_method=f"file://{file}", rank=0, world_size=1)
+        yield
+        dist.destroy_process_group()
+
+
+class Setup:
+    """An engine that has taken a few steps, and its saver."""
+
+    def __init__(self, config, seed=0):
+        torch.manual_seed(seed)
+        self.config = config
+        self.engine = Engine(STARFlow(architecture(config)), config)
+        self.ema = EMA(self.engine.fragments)
+        self.saver = None
+
+    def train(self, steps):
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(steps):
+            latents = torch.randn(8, 4, 8, 8, generator=generator)
+            self.engine.backward([(latents, torch.zeros(8, 6, 24))])
+            self.engine.step(1e-3)
+            self.ema.update(0.5)
+
+    def save(self, step, metrics):
+        if self.saver is None:
+            self.saver = Saver(self.config, self.config.store, self.engine, self.ema, "tester:1:1")
+        trained = TrainedInfo(
+            run=self.config.run, step=step, samples=8 * step, snapshot="s", vae=VAE, text_encoder=TEXT.name,
+            latent_noise=0.1, held_out=0.0,
+        )  # fmt: skip
+        self.saver.begin(trained, Progress(samples=8 * step, optimizer_steps=self.engine.optimizer_steps), metrics)
+        self.saver.wait(lambda: None)
+        return self.saver.error
+
+    def state(self):
+        return [
+            tensor.clone()
+            for f, average in zip(self.engine.fragments, self.ema.averages, strict=True)
+            for tensor in (f.master, f.exp_avg, f.exp_avg_sq, average)
+        ]
+
+
+@pytest.fixture
+def metrics(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n')
+    return path
+
+
+@pytest.fixture
+def saved(make_config, store, metrics):
+    """A run with checkpoints 2 and 4."""
+    Lease(store, "test", "tester:1:1", seconds=600).acquire()
+    setup = Setup(make_config(ranks=1))
+    for step in (2, 4):
+        setup.train(2)
+        assert setup.save(step, metrics) == ""
+    yield setup
+    setup.saver.close()
+
+
+def test_memory_holds_safetensors_files():
+    tensors = {"a@0": torch.arange(5.0), "b@3": torch.ones(7)}
+    snapshot = Snapshot({"weights": tensors, "optimizer": {"r": torch.arange(9, dtype=torch.uint8)}})
+    tensors["a@0"] += 1
+    snapshot.copy()
+    for kind, expected in (("weights", tensors), ("optimizer", {"r": torch.arange(9, dtype=torch.uint8)})):
+        offset, size = snapshot.ranges[kind]
+        found = load(os.pread(snapshot.descriptor, size, offset))
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
+    snapshot.close()
+
+
+def test_saved_state_is_read_back_exactly(saved, make_config, store):
+    checkpoint = load_manifest(store, "test")
+    assert (checkpoint.step, checkpoint.progress.optimizer_steps) == (4, 4)
+    live = {name: parameter.detach() for name, parameter in saved.engine.flow.named_parameters()}
+    stored = read_weights(store, checkpoint, "weights")
+    assert stored.keys() == live.keys()
+    assert all(torch.equal(stored[name], live[name]) for name in live)
+
+    other = Setup(make_config(ranks=1, zero_stage=1), seed=5)
+    assert resume(store, other.config, other.engine, other.ema).step == 4
+    assert all(torch.equal(a, b) for a, b in zip(other.state(), saved.state(), strict=True))
+    saved.train(2)
+    other.train(2)
+    assert all(torch.equal(a, b) for a, b in zip(other.state(), saved.state(), strict=True))
+
+
+def test_a_killed_uploader_is_replaced(saved, store, metrics):
+    os.kill(saved.saver._uploader.pid, signal.SIGKILL)
+    assert saved.save(6, metrics) == ""
+    stopped = saved.saver._uploader.pid
+    os.kill(stopped, signal.SIGSTOP)  # so that the kill comes while it works
+    threading.Timer(0.5, os.kill, (stopped, signal.SIGKILL)).start()
+    assert saved.save(8, metrics) == ""
+    assert load_manifest(store, "test").step == 8
+
+
+def test_a_run_taken_over_by_another_writer_commits_nothing(saved, store, metrics):
+    Lease(store, "test", "tester:1:1").release()
+    Lease(store, "test", "somebody:2:2").acquire()
+    assert "somebody:2:2" in saved.save(6, metrics)
+    assert saved.saver.failures == 1
+    assert load_manifest(store, "test").step == 4
+
+
+def test_missing_objects_fall_back_and_nothing_left_is_an_error(saved, make_config, store):
+    store.delete([load_manifest(store, "test", 4).shards[0].optimizer.key])
+    other = Setup(make_config(ranks=1), seed=5)
+    assert resume(store, other.config, other.engine, other.ema).step == 2
+    store.write("runs/test/checkpoints/000000002.json", b"{}")
+    with pytest.raises(CorruptError, match="none verifies"):
+        resume(store, other.config, other.engine, other.ema)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [({"model": {"layers": [1, 2]}}, r"layers = \[1, 1\].*asks for \[1, 2\]"), ({"seed": 3}, "seed=0.*seed=3")],
+)
+def test_another_model_or_configuration_is_refused(saved, make_config, store, values, message):
+    other = Setup(make_config(ranks=1, **values))
+    with pytest.raises(ConfigError, match=message):
+        resume(store, other.config, other.engine, other.ema)
+
+
+def test_a_newer_format_is_refused_by_name(saved, make_config, store):
+    body = {"step": 9}
+    manifest.commit(store, "runs/test/checkpoints/000000009.json", "checkpoint", 99, body)
+    other = Setup(make_config(ranks=1))
+    with pytest.raises(Exception, match="schema version 99"):
+        resume(store, other.config, other.engine, other.ema)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_spikes_and_nans_leave_weights_and_moments_alone(make_config, stage):
+    setup = Setup(make_config(ranks=1, zero_stage=stage))
+    setup.train(2)
+    before = setup.state()
+    batch = (torch.randn(8, 4, 8, 8), torch.zeros(8, 6, 24))
+    setup.engine.norm_limit = 1e-9
+    setup.engine.backward([batch])
+    spike = setup.engine.step(1e-3)
+    setup.engine.norm_limit = float("inf")
+    bad = batch[0].clone()
+    bad[3, 0, 0, 0] = float("nan")
+    loss, _ = setup.engine.backward([(bad, batch[1])])
+    skipped = setup.engine.step(1e-3, skip=bool(loss.isnan()))
+    assert not spike.applied
+    assert not skipped.applied
+    assert spike.grad_norm > 1e-9
+    assert all(torch.equal(a, b) for a, b in zip(setup.state(), before, strict=True))
+    setup.engine.backward([batch])
+    assert setup.engine.step(1e-3).applied
