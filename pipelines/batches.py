@@ -71,10 +71,11 @@ class CaptionRecord(Config):
 
 
 class FilterRecord(Config):
-    """The samples that were kept, and key and reason of those that were not."""
+    """The samples that were kept, key and reason of those that were not, and the takedowns that held."""
 
     samples: ObjectRef
     dropped: ObjectRef
+    takedowns: ObjectRef | None
     count: int
     reasons: dict[str, int]
     examples: dict[str, list[str]]
@@ -297,9 +298,14 @@ def candidates(store: ObjectStore, crawl: CrawlRecord, caption: CaptionRecord) -
 
 
 def filter_batch(
-    store: ObjectStore, batch: Batch, crawl: CrawlRecord, rows: pa.Table, reasons: np.ndarray
+    store: ObjectStore,
+    batch: Batch,
+    crawl: CrawlRecord,
+    rows: pa.Table,
+    reasons: np.ndarray,
+    takedowns: ObjectRef | None,
 ) -> FilterRecord:
-    """Commits the batch's samples: the `rows` of `candidates` whose reason is empty."""
+    """Commits the batch's samples, the `rows` of `candidates` whose reason is empty, in the place of any before."""
     kept = rows.filter(pa.array(reasons == ""))
     images = [
         {"key": crawl.images.key if crawl.images else "", "offset": offset, "size": size}
@@ -312,10 +318,14 @@ def filter_batch(
     record = FilterRecord(
         samples=put_table(store, f"{batch.folder}samples", samples),
         dropped=put_table(store, f"{batch.folder}dropped", lost),
+        takedowns=takedowns,
         count=len(samples),
         reasons=dict(Counter(lost["dropped"].to_pylist())),
         examples=examples(list(reasons), rows["url"].to_pylist()),
     )
+    old = load_record(store, batch, FilterRecord)
+    if old is not None and old != record:
+        store.delete([_key(batch, FilterRecord)])
     return commit_record(store, batch, record)  # type: ignore[no-any-return]
 
 

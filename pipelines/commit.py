@@ -1,7 +1,7 @@
 """The end of a refresh: the snapshot is published, then the ledger records what was learned of each URL.
 
-A kill between the two is harmless: the ledger still names no end of this refresh, so the same command comes here again,
-publishes the same content, which is the same snapshot, and commits the ledger.
+A kill between the two is harmless: the next refresh finds a snapshot with the name of the one that the ledger does not
+know yet, commits the ledger for it, and goes on from there.
 """
 
 from __future__ import annotations
@@ -76,17 +76,25 @@ def _check_worth_keeping(state: RefreshState) -> None:
     )
 
 
+def finish_published(state: RefreshState) -> None:
+    """Commits the ledger of a refresh that was killed after it had published, and opens the next one."""
+    snapshot = state.find_published() if state.plans else None
+    if snapshot is None:
+        return
+    files, kept, dropped = _write_ledger(state)
+    state.ledger.commit(snapshot.id, files, kept)
+    state.open()
+    state.recovered, state.dropped = True, dict(sorted(dropped.items()))
+
+
 def _publish(state: RefreshState, parts: list[Part]) -> Snapshot:
     try:
         return _publish_on(state, state.parent, parts)
     except AlreadyExistsError:
         newest_one = snapshots.newest_snapshot(state.store)
-        assert newest_one is not None  # its number is taken
-        if {part.id for part in parts} <= {part.id for part in newest_one.parts}:
-            return newest_one  # ours, published before a kill, and more on top of it
-        if newest_one.takedowns != (state.parent.takedowns if state.parent else None):
-            # What was taken down since must not come back: filter again, on top of the takedown.
-            _unfilter(state)
+        ours = state.find_published()
+        if newest_one is None or ours is not None or newest_one.takedowns != state.takedowns_ref:
+            # Another process ends this very refresh, or what was filtered does not know the newest takedown.
             raise
         return _publish_on(state, newest_one, parts)
 
@@ -104,14 +112,13 @@ def _publish_on(state: RefreshState, parent: Snapshot | None, parts: list[Part])
         image_size=config.image_size,
         dropped=state.dropped,
         sources=sources,
-        versions={"captioner": f"{captioner.name} {captioner.version}", "filters": FILTERS_VERSION},
+        versions={
+            "captioner": f"{captioner.name} {captioner.version}",
+            "filters": FILTERS_VERSION,
+            "refresh": state.name,
+        },
         attribution=config.attribution or (parent.attribution if parent else None),
     )
-
-
-def _unfilter(state: RefreshState) -> None:
-    keys = [f"{batch.folder}filter.json" for batch in state.batches]
-    state.store.delete(keys)
 
 
 def _write_ledger(

@@ -22,7 +22,7 @@ import pyarrow as pa
 
 from pipelines import batches
 from pipelines.captioners import load_captioner
-from pipelines.commit import publish_snapshot
+from pipelines.commit import finish_published, publish_snapshot
 from pipelines.config import RefreshConfig
 from pipelines.duplicates import find_duplicates
 from pipelines.filters import apply_filters, build_filters
@@ -52,7 +52,8 @@ class RefreshResult(Config):
 
 
 def plan(state: RefreshState) -> Counts:
-    """Finds the URLs of the list that are new or due."""
+    """Finds the URLs of the list that are new or due, after ending a refresh that was killed at its very end."""
+    finish_published(state)
     plan = plan_list(
         state.config,
         state.ledger,
@@ -147,7 +148,7 @@ def filter_(state: RefreshState) -> Counts:
     done = 0
     for window in _windows(state.batches):
         records = [batches.load_record(state.store, batch, batches.FilterRecord) for batch in window]
-        if None in records:
+        if any(record is None or record.takedowns != state.takedowns_ref for record in records):
             records = _filter_window(state, window)
         for record in records:
             reasons.update(record.reasons)
@@ -184,7 +185,10 @@ def _filter_window(state: RefreshState, window: list[Batch]) -> list[batches.Fil
         tables.append(rows)
         verdicts.append(reasons)
     _mark_duplicates(state, window, tables, verdicts)
-    return [batches.filter_batch(state.store, *parts) for parts in zip(window, crawls, tables, verdicts, strict=True)]
+    return [
+        batches.filter_batch(state.store, *parts, state.takedowns_ref)
+        for parts in zip(window, crawls, tables, verdicts, strict=True)
+    ]
 
 
 def _mark_duplicates(
@@ -293,7 +297,7 @@ def result(state: RefreshState) -> RefreshResult:
     snapshot = state.published
     if snapshot is None:
         raise StarflowError(f"the refresh of {state.store.url} has not been published; run its publish stage first")
-    new = snapshot.id != (state.parent.id if state.parent else None)
+    new = state.recovered or snapshot.id != (state.parent.id if state.parent else None)
     counts = snapshot.counts
     return RefreshResult(
         snapshot=snapshot.id,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import UTC, datetime
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,17 @@ from pipelines.config import RefreshConfig
 from pipelines.ledger import Ledger
 from pipelines.plan import Batch, Plan, Workspace, is_blocked
 from starflow.objectstore import open_store
-from starflow.snapshots import Snapshot, load_snapshot, newest_snapshot
+from starflow.snapshots import Snapshot, load_snapshot, newest_snapshot, snapshot_numbers
 from starflow.takedowns import Takedowns
 
 #: A small dictionary with at least `event`; what progress bars and run pages show.
 Event = dict[str, Any]
 OnEvent = Callable[[Event], None]
+
+
+def utc_now() -> datetime:
+    """The time, to the second."""
+    return datetime.now(UTC).replace(microsecond=0)
 
 
 class RefreshState:
@@ -26,36 +30,49 @@ class RefreshState:
     def __init__(self, config: RefreshConfig, work: Path, on_event: OnEvent) -> None:
         self.config, self.work, self.on_event = config, work, on_event
         self.store = open_store(config.store)
-        self.ledger = Ledger(self.store, config.ledger_partitions)
-        self.workspace = Workspace(self.store, self.ledger.generation + 1)
-        self.plans: list[Plan] = self.workspace.plans()
-        self.parent = self._parent()
         self.encoded: Any = None
         self.published: Snapshot | None = None
         self.dropped: dict[str, int] = {}
         self.seconds: dict[str, float] = {}
+        self.recovered = False
+        self.open()
 
-    def _parent(self) -> Snapshot | None:
-        """The snapshot this refresh was planned on, although a killed run may have published its own already."""
-        if not self.plans:
-            return newest_snapshot(self.store)
-        parent = self.plans[0].parent
-        return load_snapshot(self.store, parent) if parent is not None else None
+    def open(self) -> None:
+        """Reads where the store stands."""
+        self.ledger = Ledger(self.store, self.config.ledger_partitions)
+        self.workspace = Workspace(self.store, self.ledger.generation + 1)
+        self.plans: list[Plan] = self.workspace.plans()
+        newest = newest_snapshot(self.store)
+        self.takedowns_ref = newest.takedowns if newest else None
+        self.takedowns = Takedowns.load(self.store, self.takedowns_ref)
+        # The snapshot that the refresh was planned on, also when there are newer ones by now.
+        planned_on = self.plans[0].parent if self.plans else None
+        self.parent = (load_snapshot(self.store, planned_on) if planned_on else None) if self.plans else newest
+
+    @property
+    def name(self) -> str:
+        """Names the refresh in the snapshot that it publishes."""
+        return str(self.ledger.generation + 1)
+
+    def find_published(self) -> Snapshot | None:
+        """The snapshot that this refresh has published already, when it was killed right after."""
+        after = self.parent.number if self.parent else 0
+        for number in snapshot_numbers(self.store):
+            if number > after:
+                snapshot = load_snapshot(self.store, str(number))
+                if snapshot.versions.get("refresh") == self.name:
+                    return snapshot
+        return None
 
     @property
     def now(self) -> datetime:
         """The moment that counts as now: that of the first plan, also in a run that resumes it."""
-        return self.plans[0].moment if self.plans else datetime.now(UTC).replace(microsecond=0)
+        return self.plans[0].moment if self.plans else utc_now()
 
     @property
     def batches(self) -> list[Batch]:
         """The batches of all plans, in order."""
         return [batch for plan in self.plans for batch in plan.batches]
-
-    @cached_property
-    def takedowns(self) -> Takedowns:
-        """What must never come back."""
-        return Takedowns.load(self.store, self.parent.takedowns if self.parent else None)
 
     def blocked(self, url: str) -> str:
         """Why the URL is not asked for; "" when it is."""

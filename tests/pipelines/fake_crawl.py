@@ -1,0 +1,137 @@
+"""A web in a dictionary, and an encoder that encodes nothing: a refresh's own logic without processes."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections import Counter
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from pipelines import batches
+from pipelines.config import RefreshConfig
+from pipelines.crawl import OUTCOME
+from pipelines.encode_plan import EncodeConfig
+from pipelines.guard import FetchPolicy
+from pipelines.inspection import inspect_image
+from pipelines.refresh import RefreshResult, refresh
+from starflow.encoders import VAEIdentity
+from starflow.manifest import ObjectRef
+from starflow.objectstore import ObjectStore
+from starflow.snapshots import ArraySpec, Part
+
+#: What a URL answers: bytes, or (status, reason) or (status, reason, seconds of Retry-After).
+Answer = bytes | tuple[Any, ...]
+
+
+def png(seed: int, size: int = 32) -> bytes:
+    """A random picture; the same seed gives the same bytes."""
+    blocks = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(blocks.repeat(size // 8, 0).repeat(size // 8, 1)).save(file, "PNG")
+    return file.getvalue()
+
+
+class FakeWeb:
+    """Answers by URL; a list of answers is gone through, its last one repeated. `requests` counts."""
+
+    def __init__(self, answers: dict[str, Answer | list[Answer]]) -> None:
+        self.answers = answers
+        self.requests: Counter[str] = Counter()
+
+    def fetch_batch(
+        self,
+        urls: pa.Table,
+        policy: FetchPolicy,
+        processes: int,
+        threads: int,
+        folder: Path,
+        rules_cache: Path,
+        on_progress: Callable[[int], None],
+    ) -> pa.Table:
+        """In the place of pipelines.crawl.fetch_batch."""
+        (folder / "output").mkdir(parents=True)
+        records = []
+        with (folder / "output" / "00000.bin").open("wb") as file:
+            for row, url in enumerate(urls["url"].to_pylist()):
+                answer = self.answers[url]
+                if isinstance(answer, list):
+                    answer = answer[min(self.requests[url], len(answer) - 1)]
+                self.requests[url] += 1
+                record: dict[str, Any] = {"row": row, "status": "ok", "reason": "", "http": 200}
+                if isinstance(answer, bytes):
+                    seen = inspect_image(answer, policy.max_pixels, policy.max_frames)
+                    record |= vars(seen) | {"id": hashlib.sha256(answer).hexdigest(), "etag": '"1"', "shard": 0}
+                    record |= {"offset": file.tell(), "size": len(answer)}
+                    file.write(answer)
+                else:
+                    record |= dict(zip(("status", "reason", "retry_after"), answer, strict=False))
+                records.append(record)
+        on_progress(len(records))
+        return pa.Table.from_pylist(records, OUTCOME)
+
+
+def fake_encode(store: ObjectStore, tables: Sequence[str], config: EncodeConfig, work: str, on_progress: Any) -> Any:
+    """In the place of pipelines.encode.encode: one part, whose id is the hash of its samples' ids and captions."""
+    from pipelines.encode import EncodeResult
+
+    rows = pa.concat_tables([pq.read_table(pa.BufferReader(store.read(key))) for key in tables])
+    content = "".join(f"{row['id']}{row['captions'][0]['text']}" for row in rows.to_pylist())
+    name = hashlib.sha256(content.encode()).hexdigest()[:16]
+    nothing = ObjectRef(key=f"parts/{name}/nothing", size=0, sha256=hashlib.sha256(b"").hexdigest())
+    store.write(nothing.key, b"")
+    part = Part(
+        id=name,
+        grid=(4, 4),
+        rows=len(rows),
+        count=len(rows),
+        chunk=16,
+        shard=16,
+        arrays={"mean": ArraySpec(shape=(len(rows), 4, 4, 4), dtype="float16")},
+        vae=VAEIdentity(name="fake", sha256="0" * 64, scaling_factor=1.0, channels=4, downsampling=8),
+        index=nothing,
+        samples=nothing,
+    )
+    return EncodeResult(parts=(part,), dropped={})
+
+
+class Bench:
+    """A store, a list and a fake web to refresh from."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder, self.store = folder, folder / "store"
+        self.web = FakeWeb({})
+        self.now = datetime(2026, 1, 1, tzinfo=UTC)
+        monkeypatch.setattr("pipelines.state.utc_now", lambda: self.now)
+        monkeypatch.setattr(batches, "fetch_batch", lambda *arguments: self.web.fetch_batch(*arguments))
+        monkeypatch.setattr("pipelines.encode.encode", fake_encode)
+
+    def write_list(self, answers: dict[str, Answer | list[Answer]], name: str = "list") -> Path:
+        """Adds the answers to the web and writes a list of their URLs, with captions."""
+        self.web.answers |= answers
+        path = self.folder / f"{name}.parquet"
+        urls = list(answers)
+        pq.write_table(pa.table({"url": urls, "caption": [f"picture at {url}" for url in urls]}), path)
+        return path
+
+    def config(self, urls: Path, **settings: Any) -> RefreshConfig:
+        """Small batches, a contact, and `settings`."""
+        defaults: dict[str, Any] = {"contact": "me@example.org", "batch_size": 4, "ledger_partitions": 3}
+        return RefreshConfig(urls=str(urls), store=str(self.store), **{**defaults, **settings})
+
+    def refresh(self, urls: Path, **settings: Any) -> RefreshResult:
+        """Runs a refresh to its end."""
+        return refresh(self.config(urls, **settings))
+
+
+def url(name: object) -> str:
+    """A URL on a host that does not exist."""
+    return f"http://pictures.example/{name}.png"

@@ -1,0 +1,331 @@
+"""A refresh: incremental, counted, and the same after a kill at any of its writes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines.ledger import Ledger
+from pipelines.refresh import RefreshResult
+from starflow.errors import AlreadyExistsError, ConfigError, StarflowError
+from starflow.manifest import ObjectRef
+from starflow.objectstore import LocalStore, open_store
+from starflow.snapshots import list_snapshots, load_snapshot, newest_snapshot, publish
+from starflow.takedowns import Takedowns
+from tests.pipelines.fake_crawl import Answer, Bench, png, url
+
+#: Two batches, each kind of outcome once.
+MIXED: dict[str, Answer | list[Answer]] = {
+    **{url(index): png(index) for index in range(5)},
+    url("copy"): png(0),
+    url("gone"): ("failed", "http_404"),
+    url("optout"): ("opt_out", "x_robots_tag"),
+    url("flaky"): [("retry", "http_500"), png(50)],
+    url("down"): ("retry", "timeout"),
+    url("small"): png(60, size=8),
+}
+#: The same without the one that depends on how often it was asked.
+STEADY = {name: answer for name, answer in MIXED.items() if name != url("flaky")}
+MIXED_DROPS = {"duplicate": 1, "http_404": 1, "timeout": 1, "too_small": 1, "x_robots_tag": 1}
+
+
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    return Bench(tmp_path, monkeypatch)
+
+
+def ledger_rows(bench: Bench) -> dict[str, dict[str, Any]]:
+    ledger = Ledger(open_store(str(bench.store)), 3)
+    rows = [row for partition in range(ledger.partitions) for row in ledger.read(partition).to_pylist()]
+    assert len({row["key"] for row in rows}) == len(rows)
+    return {row["url"]: row for row in rows}
+
+
+def test_every_url_is_a_sample_or_a_counted_drop(bench: Bench) -> None:
+    result = bench.refresh(bench.write_list(MIXED))
+    assert (result.added, result.kept, result.total) == (6, 0, 6)
+    assert result.dropped == MIXED_DROPS
+    assert result.added + sum(result.dropped.values()) == len(MIXED)
+    assert result.parent is None
+    assert list(result.seconds) == ["plan", "crawl", "caption", "filter", "encode", "publish"]
+    snapshot = load_snapshot(open_store(str(bench.store)))
+    assert snapshot.id == result.snapshot
+    assert snapshot.dropped == result.dropped
+    assert snapshot.versions == {"captioner": "alt-text 1", "filters": "1", "refresh": "1"}
+
+
+def test_an_unchanged_list_costs_no_request_and_no_snapshot(bench: Bench) -> None:
+    listed = bench.write_list(MIXED)
+    first = bench.refresh(listed)
+    before = bench.web.requests.total()
+    second = bench.refresh(listed)
+    assert bench.web.requests.total() == before
+    assert (second.snapshot, second.added, second.kept, second.dropped) == (first.snapshot, 0, 6, {})
+    assert len(list_snapshots(open_store(str(bench.store)))) == 1
+
+
+def test_a_longer_list_fetches_only_what_is_new(bench: Bench) -> None:
+    first = bench.refresh(bench.write_list(MIXED))
+    asked = dict(bench.web.requests)
+    second = bench.refresh(bench.write_list({**MIXED, url("new"): png(70), url("again"): png(1)}, "longer"))
+    assert {name for name, count in bench.web.requests.items() if count != asked.get(name)} == {
+        url("new"),
+        url("again"),
+    }
+    assert (second.added, second.kept, second.parent) == (1, 6, first.snapshot)
+    assert second.dropped == {"duplicate": 1}  # of a picture kept by the first refresh
+
+
+def test_the_ledger_says_what_is_known_of_each_url(bench: Bench) -> None:
+    bench.refresh(bench.write_list(MIXED))
+    rows = ledger_rows(bench)
+    assert set(rows) == set(MIXED)
+    assert (rows[url("gone")]["status"], rows[url("gone")]["reason"]) == ("failed", "http_404")
+    assert rows[url("optout")]["status"] == "opt_out"
+    assert rows[url("flaky")]["status"] == "ok"
+    assert (rows[url("down")]["status"], rows[url("down")]["attempts"]) == ("retry", 2)
+    assert rows[url("down")]["next_retry"] > rows[url("down")]["last_seen"]
+    assert sorted((rows[url("copy")]["dropped"], rows[url(0)]["dropped"])) == ["", "duplicate"]
+    assert rows[url(1)]["id"] == hashlib.sha256(png(1)).hexdigest()
+
+
+def test_failures_are_retried_when_due_later_each_time_and_given_up_in_the_end(bench: Bench) -> None:
+    listed = bench.write_list({url(0): png(0), url("down"): ("retry", "http_500")})
+    settings = {"retry_after": 100, "retry_rounds": 0, "max_attempts": 3}
+    bench.refresh(listed, **settings)
+    for seconds, requests, status in (
+        (99, 1, "retry"),
+        (1, 2, "retry"),
+        (199, 2, "retry"),
+        (1, 3, "failed"),
+        (9999, 3, "failed"),
+    ):
+        bench.now += timedelta(seconds=seconds)
+        assert bench.refresh(listed, **settings).added == 0
+        assert (bench.web.requests[url("down")], ledger_rows(bench)[url("down")]["status"]) == (requests, status)
+    assert bench.web.requests[url(0)] == 1
+
+
+def test_a_long_retry_after_waits_for_a_later_refresh(bench: Bench) -> None:
+    bench.refresh(bench.write_list({url(0): png(0), url("busy"): ("retry", "http_503", 7200.0)}))
+    row = ledger_rows(bench)[url("busy")]
+    assert bench.web.requests[url("busy")] == 1
+    assert (row["next_retry"] - row["last_seen"]).total_seconds() == 7200
+
+
+def test_repeated_urls_are_fetched_once(bench: Bench) -> None:
+    spelled = {url(0): png(0), "HTTP://Pictures.example:80/0.png#top": png(0), url(1): png(1)}
+    result = bench.refresh(bench.write_list(spelled))
+    assert (result.added, result.dropped) == (2, {"duplicate_url": 1})
+    assert bench.web.requests.total() == 2
+
+
+def test_near_duplicates_are_dropped_when_asked_for(bench: Bench) -> None:
+    answers: dict[str, Answer | list[Answer]] = {url(0): png(0, 32), url("larger"): png(0, 64), url(1): png(1)}
+    result = bench.refresh(bench.write_list(answers), near_duplicates=2)
+    assert (result.added, result.dropped) == (2, {"near_duplicate": 1})
+
+
+def test_revalidation_keeps_what_has_not_changed_and_adds_what_has(bench: Bench) -> None:
+    same: dict[str, Answer | list[Answer]] = {url(0): [png(0), ("unchanged", "unchanged")], url(1): png(1)}
+    listed = bench.write_list({**same, url(2): [png(2), png(9)], url(3): [png(3), ("opt_out", "x_robots_tag")]})
+    bench.refresh(listed, revalidate_days=30)
+    before = ledger_rows(bench)
+    bench.now += timedelta(days=29)
+    assert bench.refresh(listed, revalidate_days=30).added == 0
+    assert bench.web.requests.total() == 4
+    bench.now += timedelta(days=2)
+    result = bench.refresh(listed, revalidate_days=30)
+    assert bench.web.requests.total() == 8
+    assert (result.added, result.dropped) == (1, {"x_robots_tag": 1})
+    after = ledger_rows(bench)
+    for name in (url(0), url(1)):
+        assert (after[name]["status"], after[name]["id"]) == ("ok", before[name]["id"])
+        assert after[name]["last_seen"] == bench.now
+        assert after[name]["first_seen"] == before[name]["first_seen"]
+    assert after[url(2)]["id"] == hashlib.sha256(png(9)).hexdigest()
+    assert after[url(3)]["status"] == "opt_out"
+
+
+def test_blocked_hosts_are_never_asked_until_they_are_not_blocked(bench: Bench) -> None:
+    listed = bench.write_list({url(0): png(0), "http://a.bad.example/1.png": png(1)})
+    result = bench.refresh(listed, block_hosts=("bad.example",))
+    assert (result.added, result.dropped) == (1, {"blocked_host": 1})
+    assert bench.web.requests["http://a.bad.example/1.png"] == 0
+    assert bench.refresh(listed).added == 1
+
+
+def test_a_public_host_needs_a_contact(bench: Bench) -> None:
+    with pytest.raises(ConfigError, match="contact"):
+        bench.refresh(bench.write_list({url(0): png(0)}), contact="")
+    assert bench.refresh(bench.write_list({url(0): png(0)}), contact="", allow_host=("pictures.example",)).added == 1
+
+
+def test_an_empty_list_is_refused(bench: Bench) -> None:
+    with pytest.raises(ConfigError, match="empty"):
+        bench.refresh(bench.write_list({}))
+
+
+def test_when_every_url_fails_nothing_is_published_and_all_is_asked_again(bench: Bench) -> None:
+    listed = bench.write_list({url(0): ("retry", "connection"), url(1): ("failed", "http_404")})
+    with pytest.raises(StarflowError, match=r"none of 2 URLs .*http_404 1"):
+        bench.refresh(listed)
+    assert not [info.key for info in open_store(str(bench.store)).list()]
+    bench.web.answers |= {url(0): png(0)}
+    assert bench.refresh(listed).added == 1
+
+
+def test_beside_a_snapshot_a_refresh_without_new_samples_is_no_error(bench: Bench) -> None:
+    first = bench.refresh(bench.write_list({url(0): png(0)}))
+    listed = bench.write_list({url(0): png(0), url("gone"): ("failed", "http_404")}, "longer")
+    second = bench.refresh(listed)
+    assert (second.snapshot, second.added, second.dropped) == (first.snapshot, 0, {"http_404": 1})
+    assert bench.refresh(listed).dropped == {}
+
+
+def test_beside_a_snapshot_a_dead_network_is_an_error(bench: Bench) -> None:
+    first = bench.refresh(bench.write_list({url(0): png(0)}))
+    listed = bench.write_list({url(0): png(0), url(1): ("retry", "connection")}, "longer")
+    with pytest.raises(StarflowError, match="check the network"):
+        bench.refresh(listed)
+    bench.web.answers |= {url(1): png(1)}
+    assert bench.refresh(listed).parent == first.snapshot
+
+
+class KilledError(BaseException):
+    """Stands for SIGKILL: nothing in the code under test catches it."""
+
+
+@contextmanager
+def killed_at_write(number: int, after: bool) -> Iterator[None]:
+    """The process dies at its `number`-th change of the store, before or after that change."""
+    left = [number]
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("write", "create", "upload", "delete"):
+            original = getattr(LocalStore, name)
+
+            def change(self: LocalStore, *arguments: Any, _original: Any = original) -> None:
+                left[0] -= 1
+                if left[0] == 0 and not after:
+                    raise KilledError
+                _original(self, *arguments)
+                if left[0] == 0:
+                    raise KilledError
+
+            patch.setattr(LocalStore, name, change)
+        yield
+
+
+def content(bench: Bench) -> tuple[Any, ...]:
+    """What two stores have in common when they hold the same."""
+    store = open_store(str(bench.store))
+    snapshots = [load_snapshot(store, str(summary.number)) for summary in list_snapshots(store)]
+    rows = {name: (row["status"], row["reason"], row["dropped"], row["id"]) for name, row in ledger_rows(bench).items()}
+    return [([part.id for part in s.parts], s.dropped, s.counts) for s in snapshots], rows
+
+
+def run_killed(bench: Bench, listed: Path, number: int, after: bool) -> RefreshResult | None:
+    """None when the refresh was killed."""
+    try:
+        with killed_at_write(number, after):
+            return bench.refresh(listed)
+    except KilledError:
+        return None
+
+
+@pytest.mark.parametrize(
+    ("after", "step"),
+    [(True, 7), pytest.param(True, 1, marks=pytest.mark.slow), pytest.param(False, 1, marks=pytest.mark.slow)],
+)
+def test_a_kill_at_any_write_changes_nothing_in_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: bool, step: int
+) -> None:
+    calm = Bench(tmp_path / "calm", monkeypatch)
+    calm.folder.mkdir()
+    calm.refresh(calm.write_list(STEADY))
+    for number in range(step, 200, step):
+        bench = Bench(tmp_path / f"kill-{number}", monkeypatch)
+        bench.folder.mkdir()
+        listed = bench.write_list(STEADY)
+        result = run_killed(bench, listed, number, after)
+        if result is not None:
+            break
+        fetched = committed_urls(bench)
+        asked = dict(bench.web.requests)
+        bench.refresh(listed)
+        assert content(bench) == content(calm), f"killed at write {number}"
+        again = {name for name, count in bench.web.requests.items() if count != asked.get(name, 0)}
+        assert not again & fetched, f"killed at write {number}: fetched again what was committed"
+    assert number > 25
+
+
+def committed_urls(bench: Bench) -> set[str]:
+    """URLs whose batches are committed with an answer that is not to be retried."""
+    from pipelines.batches import CrawlRecord, load_record
+    from pipelines.ledger import get_table
+    from pipelines.plan import Workspace
+
+    store = open_store(str(bench.store))
+    done = set()
+    for plan in Workspace(store, 1).plans():
+        for batch in plan.batches:
+            record = load_record(store, batch, CrawlRecord)
+            if record is not None:
+                rows = get_table(store, record.fetched).to_pylist()
+                done |= {row["url"] for row in rows if row["status"] != "retry"}
+    return done
+
+
+def test_a_list_that_changes_after_a_kill_adds_to_the_same_refresh(bench: Bench) -> None:
+    assert run_killed(bench, bench.write_list(MIXED), 12, True) is None
+    fetched = committed_urls(bench)
+    assert fetched
+    result = bench.refresh(bench.write_list({**MIXED, url("new"): png(70)}, "longer"))
+    assert result.added == 7
+    assert result.dropped == MIXED_DROPS
+    assert all(bench.web.requests[name] == 1 for name in fetched)
+
+
+def test_another_snapshot_published_meanwhile_is_built_upon(bench: Bench) -> None:
+    store = open_store(str(bench.store))
+    first = bench.refresh(bench.write_list({url(0): png(0)}))
+    listed = bench.write_list({url(0): png(0), url(1): png(1)}, "longer")
+    assert run_killed(bench, listed, 3, True) is None
+    parent = newest_snapshot(store)
+    assert parent is not None
+    other = publish(store, parent=parent, parts=[*parent.parts, _another_part(parent.parts[0])], image_size=32)
+    result = bench.refresh(listed)
+    assert (result.parent, result.total) == (other.id, 3)
+    assert first.snapshot != result.parent
+
+
+def _another_part(part: Any) -> Any:
+    return part.model_copy(update={"id": "other"})
+
+
+def test_a_takedown_meanwhile_is_respected(bench: Bench) -> None:
+    store = open_store(str(bench.store))
+    bench.refresh(bench.write_list({url(0): png(0), url(1): png(1)}))
+    listed = bench.write_list({url(0): png(0), url(2): png(2), url(3): png(3)}, "longer")
+    assert run_killed(bench, listed, 12, True) is None
+    parent = newest_snapshot(store)
+    assert parent is not None
+    taken: ObjectRef = Takedowns([("url", url(2))]).save(store)
+    publish(store, parent=parent, parts=parent.parts, image_size=32, takedowns=taken)
+    result = bench.refresh(listed)
+    assert (result.added, result.total, result.dropped) == (1, 3, {"takedown": 1})
+
+
+def test_two_refreshes_at_once_publish_once(bench: Bench) -> None:
+    listed = bench.write_list({url(0): png(0)})
+    store = open_store(str(bench.store))
+    ledger = Ledger(store, 3)
+    bench.refresh(listed)
+    with pytest.raises(AlreadyExistsError, match="run the same command again"):
+        ledger.commit("another", {}, ())
