@@ -48,7 +48,8 @@ def take_down(store: ObjectStore, requested: Takedowns) -> Removal:
         if parent is None:
             raise NotFoundError(f"{store.url} holds no snapshot; there is nothing to take down")
         recorded = Takedowns.load(store, parent.takedowns)
-        parts, withdrawn, removed = [], [], 0
+        parts, withdrawn = [], []
+        removed: set[str] = set()  # the same bytes must not come back under another URL either
         for part in parent.parts:
             samples = pq.read_table(pa.BufferReader(manifest.get(store, part.samples)))
             blocked = requested.blocks(samples["id"].to_pylist(), samples["url"].to_pylist())
@@ -56,7 +57,7 @@ def take_down(store: ObjectStore, requested: Takedowns) -> Removal:
                 parts.append(part)
                 continue
             withdrawn.append(part.id)
-            removed += int(blocked.sum())
+            removed.update(samples.filter(pa.array(blocked))["id"].to_pylist())
             if not blocked.all():
                 parts.append(_without(store, part, samples, blocked))
         try:
@@ -65,15 +66,15 @@ def take_down(store: ObjectStore, requested: Takedowns) -> Removal:
                 parent=parent,
                 parts=parts,
                 image_size=parent.image_size,
-                dropped={"taken down": removed},
+                dropped={"taken down": len(removed)},
                 versions=parent.versions,
                 attribution=parent.attribution,
                 withdrawn=withdrawn,
-                takedowns=(recorded | requested).save(store),
+                takedowns=(recorded | requested | Takedowns(("id", id) for id in removed)).save(store),
             )
         except AlreadyExistsError:
             continue  # somebody published meanwhile: take down from theirs
-        return Removal(snapshot, removed)
+        return Removal(snapshot, len(removed))
 
 
 def _without(store: ObjectStore, part: Part, samples: pa.Table, blocked: NDArray[np.bool_]) -> Part:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 from collections.abc import Iterable, Sequence
 from urllib.parse import urlsplit
 
@@ -61,6 +62,14 @@ class Takedowns:
             return True
         labels = host_of(url).split(".") if url else []
         return any(("host", ".".join(labels[start:])) in self.entries for start in range(len(labels)))
+
+
+def parse_entry(line: str) -> tuple[str, str]:
+    """(kind, value) of a line of a removal list: a URL, 64 hexadecimal digits (a sample id), or a host."""
+    text = line.strip()
+    if "://" in text:
+        return "url", text
+    return ("id" if re.fullmatch("[0-9a-fA-F]{64}", text) else "host"), text
 
 
 def host_of(url: str) -> str:

@@ -1,0 +1,244 @@
+"""Commands over published snapshots: snapshots list | show | diff | verify | gc, preview, takedown."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from starflow.snapshots import Snapshot
+
+snapshots = typer.Typer(help="List, show, compare and check published snapshots.", no_args_is_help=True)
+
+StoreOption = Annotated[str, typer.Option("--store", help="Where snapshots live: a folder or s3://BUCKET/PREFIX.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
+Name = Annotated[str, typer.Argument(help="Snapshot id, number, or newest.")]
+
+
+@snapshots.command("list")
+def list_(store: StoreOption, json: JsonOption = False) -> None:
+    """List the snapshots of a store, oldest first."""
+    from starflow.console import print_json
+    from starflow.objectstore import open_store
+    from starflow.snapshots import list_snapshots
+
+    summaries = list_snapshots(open_store(store))
+    if json:
+        print_json([summary.model_dump(mode="json") for summary in summaries])
+        return
+    rows = [
+        (s.id, s.created, f"{s.counts.added:,}", f"{s.counts.total:,}", f"{sum(s.dropped.values()):,}", s.vae.name)
+        for s in summaries
+    ]
+    _print_table(("snapshot", "created", "added", "total", "dropped", "VAE"), rows)
+
+
+@snapshots.command()
+def show(name: Name = "newest", *, store: StoreOption, json: JsonOption = False) -> None:
+    """Show one snapshot: counts, drops by reason, shapes, what made it."""
+    from starflow.console import print_json
+    from starflow.objectstore import open_store
+    from starflow.snapshots import load_snapshot
+
+    snapshot = load_snapshot(open_store(store), name)
+    if json:
+        print_json(snapshot.model_dump(mode="json"))
+        return
+    _print_table(("snapshot", snapshot.id), _facts(snapshot))
+
+
+def _facts(snapshot: Snapshot) -> list[tuple[str, str]]:
+    grids: dict[tuple[int, int], int] = {}
+    layers: dict[str, int] = {}
+    for part in snapshot.parts:
+        grids[part.grid] = grids.get(part.grid, 0) + part.count
+        for layer in part.captions:
+            text = f", states of {layer.text.encoder.name}" if layer.text else ""
+            key = f"{layer.origin} {layer.version} (weight {layer.weight:g}{text})"
+            layers[key] = layers.get(key, 0) + 1
+    down = snapshot.vae.downsampling
+    shapes = [f"{width * down} x {height * down}: {count:,}" for (height, width), count in sorted(grids.items())]
+    return [
+        ("parent", snapshot.parent or "none"),
+        ("created", snapshot.created),
+        ("samples", f"{snapshot.counts.total:,} ({snapshot.counts.added:,} added)"),
+        ("parts", f"{len(snapshot.parts):,}"),
+        ("pictures, width x height", "\n".join(shapes)),
+        ("VAE", f"{snapshot.vae.name} ({snapshot.vae.sha256[:12]})"),
+        ("captions", "\n".join(f"{layer} in {count} parts" for layer, count in sorted(layers.items()))),
+        ("dropped", "\n".join(f"{reason}: {count:,}" for reason, count in sorted(snapshot.dropped.items()))),
+        ("sources", "\n".join(f"{source}: {count:,}" for source, count in sorted(snapshot.sources.items()))),
+        ("versions", "\n".join(f"{what}: {version}" for what, version in sorted(snapshot.versions.items()))),
+        ("attribution", snapshot.attribution or ""),
+    ]
+
+
+@snapshots.command()
+def diff(
+    old: Annotated[str, typer.Argument(help="Snapshot id or number.")],
+    new: Name = "newest",
+    *,
+    store: StoreOption,
+    json: JsonOption = False,
+) -> None:
+    """Compare two snapshots, sample by sample."""
+    from starflow.console import print_json
+    from starflow.objectstore import open_store
+    from starflow.snapshots import load_snapshot
+    from starflow.upkeep import difference
+
+    opened = open_store(store)
+    found = difference(opened, load_snapshot(opened, old), load_snapshot(opened, new))
+    if json:
+        print_json(found.model_dump(mode="json"))
+        return
+    rows = [("added", "", f"{found.added:,}"), ("removed", f"{found.removed:,}", "")]
+    rows += [("samples", f"{found.total[0]:,}", f"{found.total[1]:,}")]
+    rows += [(f"latents {grid}", f"{before:,}", f"{after:,}") for grid, (before, after) in found.grids.items()]
+    rows += [("parts of one only", f"{len(found.parts_removed):,}", f"{len(found.parts_added):,}")]
+    _print_table(("", found.old, found.new), rows)
+
+
+@snapshots.command()
+def verify(
+    name: Name = "newest",
+    *,
+    store: StoreOption,
+    read: Annotated[bool, typer.Option(help="Read every byte and compare checksums.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Check that all objects of a snapshot are there, with the right sizes; with --read also their content."""
+    from starflow.console import console, print_json
+    from starflow.errors import CorruptError
+    from starflow.objectstore import open_store
+    from starflow.snapshots import load_snapshot
+    from starflow.upkeep import verify as find_problems
+
+    opened = open_store(store)
+    snapshot = load_snapshot(opened, name)
+    with console.status(f"checking {len(snapshot.parts)} parts"):
+        problems = find_problems(opened, snapshot, read)
+    if json:
+        print_json({"snapshot": snapshot.id, "problems": problems})
+    for problem in problems:
+        console.print(problem, highlight=False, markup=False)
+    if problems:
+        raise CorruptError(f"snapshot {snapshot.id} has {len(problems)} problems; restore these objects or go back")
+    if not json:
+        print(f"{snapshot.id}: all {len(snapshot.parts)} parts are there" + (" and intact" if read else ""))
+
+
+@snapshots.command()
+def gc(
+    store: StoreOption,
+    keep: Annotated[int | None, typer.Option(min=1, help="Keep only the newest so many snapshots.")] = None,
+    grace_hours: Annotated[
+        float, typer.Option(min=0, help="Leave unreferenced objects for so long: a refresh may be writing them.")
+    ] = 168.0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be deleted.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Delete withdrawn and unreferenced data: after a takedown, the last bytes of what was taken down.
+
+    A training run that still reads a deleted snapshot stops with an error.
+    """
+    from pipelines.scrub import scrub_sources
+    from starflow.console import print_json
+    from starflow.objectstore import open_store
+    from starflow.upkeep import collect_garbage
+
+    opened = open_store(store)
+    garbage = collect_garbage(opened, keep, grace_hours, dry_run)
+    scrubbed = 0 if dry_run else scrub_sources(opened)
+    if json:
+        print_json(garbage.model_dump(mode="json") | {"scrubbed": scrubbed})
+        return
+    verb = "would delete" if dry_run else "deleted"
+    print(f"{verb} {len(garbage.snapshots)} snapshots and {garbage.objects:,} objects ({garbage.bytes / 1e6:,.1f} MB)")
+    if scrubbed:
+        print(f"erased {scrubbed:,} downloaded pictures that were taken down")
+    if garbage.waiting:
+        print(f"{len(garbage.waiting)} unreferenced groups stay until they are {grace_hours:g} hours old")
+
+
+def preview(
+    name: Name = "newest",
+    *,
+    store: StoreOption,
+    out: Annotated[Path, typer.Option(help="Folder for the page and the pictures.")] = Path("preview"),
+    count: Annotated[int, typer.Option(min=1, help="Samples to decode.")] = 32,
+    seed: Annotated[int, typer.Option(help="Which samples.")] = 0,
+    vae: Annotated[str | None, typer.Option(help="Where to find the snapshot's VAE, if not under its name.")] = None,
+    json: JsonOption = False,
+) -> None:
+    """Decode a few samples of a snapshot back to pictures, with captions, as PNG and HTML."""
+    from pipelines.preview import decode_samples, write_preview
+    from starflow.console import print_json
+    from starflow.objectstore import open_store
+    from starflow.snapshots import load_snapshot
+
+    opened = open_store(store)
+    snapshot = load_snapshot(opened, name)
+    with tempfile.TemporaryDirectory(prefix="starflow-preview-") as cache:
+        previews = decode_samples(opened, snapshot, Path(cache), count, seed, vae)
+    page = write_preview(snapshot, previews, out)
+    if json:
+        decoded = sum(len(found.pixels) for found in previews)
+        print_json({"snapshot": snapshot.id, "page": str(page), "samples": decoded})
+    else:
+        print(page)
+
+
+def takedown(
+    store: StoreOption,
+    url: Annotated[list[str] | None, typer.Option(help="Exact URL; may be repeated.")] = None,
+    host: Annotated[list[str] | None, typer.Option(help="Host, with its subdomains; may be repeated.")] = None,
+    id: Annotated[list[str] | None, typer.Option(help="Sample id: SHA-256 of the file; may be repeated.")] = None,
+    file: Annotated[
+        Path | None, typer.Option(help="Text file: a URL, host or id a line.", exists=True, dir_okay=False)
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Publish a snapshot without some samples, which never come back. Run `snapshots gc` to delete their bytes."""
+    from starflow.console import print_json
+    from starflow.errors import ConfigError
+    from starflow.objectstore import open_store
+    from starflow.removal import take_down
+    from starflow.takedowns import Takedowns, parse_entry
+
+    entries = [(kind, value) for kind, values in (("url", url), ("host", host), ("id", id)) for value in values or ()]
+    if file is not None:
+        entries += [parse_entry(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not entries:
+        raise ConfigError("nothing to take down; name it with --url, --host, --id or --file")
+    removal = take_down(open_store(store), Takedowns(entries))
+    answer: dict[str, Any] = {
+        "snapshot": removal.snapshot.id,
+        "parent": removal.snapshot.parent,
+        "removed": removal.removed,
+        "total": removal.snapshot.counts.total,
+    }
+    if json:
+        print_json(answer)
+    else:
+        print(f"snapshot {answer['snapshot']}: {removal.removed:,} samples removed, {answer['total']:,} left")
+        print(f"their bytes go with: starflow snapshots gc --store {store}")
+
+
+def _print_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for number, name in enumerate(header):
+        table.add_column(name, no_wrap=number == 0, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console = Console(markup=False)
+    if not console.is_terminal:
+        console.width = 200  # for files and pipes; a terminal knows its own width
+    console.print(table)
