@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterator
 
 import pytest
@@ -21,3 +22,11 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalStack]:
         yield local
     finally:
         local.down()
+
+
+@pytest.fixture
+def s3_url(stack: LocalStack, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A fresh prefix on the stack's S3 server, whose credentials are in the environment of the test."""
+    for name, value in stack.state.env.items():
+        monkeypatch.setenv(name, value)
+    return f"{stack.state.store}/{uuid.uuid4().hex}"

@@ -13,15 +13,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from starflow.generate import Generator
 from torch import Tensor
 
 from infra.demo.report import Column, Scores, sample_sheet
-from starflow.encoders import to_pixels
+from starflow.generate import Generator
 from starflow.likelihood import score
 from starflow.objectstore import open_store
 from starflow.reader import SnapshotReader
-from starflow.sampling import denoise, draw_noise, sample
 from starflow.snapshots import load_snapshot
 from training.curves import draw_curves, run_metrics
 
@@ -48,7 +46,9 @@ class Results:
         self.url, self.name, self.update = store, run, update
         self.store = open_store(store)
         self.generator = Generator.from_checkpoint(store, run)
-        self.info = self.generator.info
+        trained = self.generator.trained
+        assert trained is not None, "a checkpoint names what it was trained on"
+        self.info = trained
         snapshot = load_snapshot(self.store, self.info.snapshot)
         self.training = SnapshotReader(self.store, snapshot, cache / "snapshots", self.info.held_out)
         self.grid = self.training.grids[0]
@@ -68,10 +68,10 @@ class Results:
         generator = torch.Generator().manual_seed(SEED)
         noise = torch.randn(pairs.means.shape, generator=generator)
         latents = pairs.means + self.info.latent_noise * noise
-        texts = self.generator.text(pairs.captions)
+        texts = self._texts(pairs.captions)
         self.update(completed=0, total=SHUFFLES + 2, text="scoring")
         own = self._bits(latents, texts)
-        none = self._bits(latents, self.generator.text([""]).expand_as(texts))
+        none = self._bits(latents, self._texts([""]).expand_as(texts))
         # Rolling by different amounts pairs every picture with other pictures' captions, each used once a roll.
         shifts = np.linspace(1, count - 1, SHUFFLES).astype(int)
         others = []
@@ -99,17 +99,14 @@ class Results:
         """Samples for captions that training has not seen, beside the nearest training picture and the real one."""
         rows = self._unseen()
         captions = [self.held_out.captions[row] for row in rows]
-        texts = self.generator.text(captions)
-        noise = torch.stack([draw_noise(SEED, i, self.held_out.means.shape[1:]) for i in range(len(rows))])
         columns = []
         for number, guidance in enumerate(guidances):
             self.update(completed=number, total=len(guidances), text=f"drawing at guidance {guidance:g}")
-            latents = sample(self.generator.model, noise, texts, self.generator.text([""]), guidance)
-            latents = denoise(self.generator.model, latents, texts, self.info.latent_noise)
-            columns.append(Column(f"guidance {guidance:g}", self._pictures(latents)))
+            latents = self.generator.sample_latents(captions, guidance, SEED, self.grid)
+            columns.append(Column(f"guidance {guidance:g}", self.generator.pictures(latents)))
         nearest, real = self._nearest(latents), self.held_out.means[rows]
-        columns.append(Column("nearest training", self._pictures(nearest), apart=True))
-        columns.append(Column("the real one", self._pictures(real)))
+        columns.append(Column("nearest training", self.generator.pictures(nearest), apart=True))
+        columns.append(Column("the real one", self.generator.pictures(real)))
         return sample_sheet(captions, columns)
 
     def _unseen(self) -> list[int]:
@@ -127,8 +124,11 @@ class Results:
         distances = torch.cdist(latents.flatten(1), means.flatten(1))
         return means[distances.argmin(1)]
 
-    def _pictures(self, latents: Tensor) -> list[Image.Image]:
-        return [Image.fromarray(pixels) for pixels in to_pixels(self.generator.vae.decode(latents))]
+    def _texts(self, captions: Sequence[str]) -> Tensor:
+        """(N, L, E)"""
+        texts = self.generator.condition(captions)
+        assert texts is not None, "the demo's flow reads text"
+        return texts
 
     def curves(self) -> bytes:
         """The run's curves as PNG."""

@@ -22,6 +22,7 @@ import yaml
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from infra.demo.emoji import ATTRIBUTION
 from infra.demo.report import Report, StageTime
 from infra.services import last_line
 from infra.stack import LocalStack, StackState
@@ -83,7 +84,7 @@ class Demo:
             TextColumn("[dim]{task.fields[text]}"),
         )
         started, result = time.monotonic(), [""]
-        with Progress(*columns, console=console, transient=True) as progress:
+        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
             task = progress.add_task(title, total=None, text="")
 
             def update(*, detail: str | None = None, **changes: Any) -> None:
@@ -97,7 +98,7 @@ class Demo:
         console.print(f"[green]✓[/] {title} [dim]{seconds:.1f} s[/]  {result[0]}", highlight=False, soft_wrap=True)
 
     @contextmanager
-    def _web(self) -> Iterator[list[Path]]:
+    def _web(self) -> Iterator[tuple[Path, Path]]:
         """Serves the pictures from a process of its own; yields the two URL lists."""
         from infra.demo.web import start_web
 
@@ -124,6 +125,8 @@ class Demo:
                 "vae": "emoji",
                 "text_encoder": "minilm",
                 "text_length": 16,
+                "attribution": ATTRIBUTION,
+                "fetch_seconds": 5.0,  # the slow drip among the hazards need not take longer
             }
             result = run_refresh_deployment(self.state.env, parameters, on_state=lambda text: update(text=text))
             dropped = sum(result["dropped"].values())

@@ -198,7 +198,11 @@ async def serve(root: Path, port: int, ready_file: Path, limit: int | None, haza
     """Renders, listens, writes the lists and `ready_file`, and serves until SIGTERM or SIGINT."""
     pictures = write_pictures(root / "pictures", limit)
     bodies = {f"{item.base}/{file.name}": file.read_bytes() for file, item in pictures}
-    server = await asyncio.start_server(Server(bodies).connection, "127.0.0.1", port, backlog=1024)
+    connection = Server(bodies).connection
+    try:
+        server = await asyncio.start_server(connection, "127.0.0.1", port, backlog=1024)
+    except OSError:  # somebody else took the port since the last time
+        server = await asyncio.start_server(connection, "127.0.0.1", 0, backlog=1024)
     address = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
     everything = links(pictures, hazard_every)
     write_list(root / FIRST, address, links(pictures[: max(1, len(pictures) - second)], hazard_every))
@@ -224,13 +228,15 @@ def start_web(
 ) -> Web:
     """Starts the server in a process of its own; returns when it listens. The caller stops it.
 
+    It listens where it did the last time, if it can: another port would make every URL a new one.
     Calls `on_progress(pictures drawn, pictures in all)` while it waits. Raises StarflowError when it does not
     listen within `seconds`; its output is in `root`/web.log.
     """
     root.mkdir(parents=True, exist_ok=True)
     ready, log = root / "ready.json", root / "web.log"
+    port = json.loads(ready.read_text())["address"].rpartition(":")[2] if ready.exists() else "0"
     ready.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "infra.demo.web", "--root", str(root), "--ready-file", str(ready)]
+    command = [sys.executable, "-m", "infra.demo.web", "--root", str(root), "--ready-file", str(ready), "--port", port]
     command += ["--hazard-every", str(hazard_every), "--second", str(second)]
     command += ["--limit", str(limit)] if limit is not None else []
     total = len(emoji()[:limit])

@@ -1,0 +1,139 @@
+"""The demo's path at its smallest, with the real servers: URLs over HTTP to pictures, killed once on the way."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from infra.demo.emoji import ATTRIBUTION
+from infra.demo.web import Web, start_web
+from infra.prefect_client import run_refresh_deployment
+from infra.stack import LocalStack
+from starflow.checkpoints import load_manifest
+from starflow.errors import StarflowError
+from starflow.objectstore import open_store
+from starflow.snapshots import list_snapshots, load_snapshot
+
+PICTURES, ADDED = 60, 12
+
+
+@pytest.fixture(scope="module")
+def web(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Web]:
+    server = start_web(tmp_path_factory.mktemp("web"), limit=PICTURES, hazard_every=8, second=ADDED)
+    yield server
+    server.stop()
+
+
+def starflow(*arguments: str) -> Any:
+    """Runs the command line and returns its JSON answer."""
+    command = [sys.executable, "-m", "starflow.cli", *arguments, "--json"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr[-2000:]
+    return json.loads(result.stdout)
+
+
+def wait_for(condition: Any, seconds: float, what: str) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, f"{what} did not happen within {seconds} s"
+        time.sleep(0.05)
+    return found
+
+
+@pytest.mark.timeout(600)
+def test_urls_to_pictures(stack: LocalStack, s3_url: str, web: Web, tmp_path: Path) -> None:
+    parameters = {
+        "store": s3_url,
+        "allow_host": ["127.0.0.1"],
+        "attribution": ATTRIBUTION,
+        "fetch_seconds": 3.0,
+        "batch_size": 40,
+        "actors": 1,
+    }
+    first = refresh(stack, web.lists[0], parameters)
+    assert first["added"] == first["total"] > 30
+    assert {"http_404", "private_address", "duplicate"} <= set(first["dropped"])
+
+    before = web.requests()
+    second = refresh(stack, web.lists[1], parameters)
+    assert second["parent"] == first["snapshot"]
+    assert second["kept"] == first["total"]
+    assert second["total"] == second["kept"] + second["added"]
+    assert 0 < second["added"] <= ADDED
+    new = web.requests() - before
+    pictures = Counter({path: count for path, count in new.items() if path.startswith("/emoji")})
+    assert 0 < len(pictures) <= 2 * ADDED, "the second refresh fetches only what is new"
+    assert [summary.id for summary in list_snapshots(open_store(s3_url))] == [first["snapshot"], second["snapshot"]]
+
+    run = train_with_a_kill(s3_url, second["snapshot"], tmp_path)
+    assert (run["state"], run["step"], run["restarts"]) == ("completed", 16, 1)
+    lines = [json.loads(line) for line in Path(run["metrics"]).read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 17))
+    trained = load_manifest(open_store(s3_url), "small").trained
+    assert (trained.snapshot, trained.attribution) == (second["snapshot"], ATTRIBUTION)
+
+    picture = tmp_path / "picture.png"
+    starflow("sample", "a red heart", "--checkpoint", f"{s3_url}/small", "--out", str(picture))
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def refresh(stack: LocalStack, urls: Path, parameters: dict[str, Any]) -> dict[str, Any]:
+    return run_refresh_deployment(stack.state.env, {"urls": str(urls), **parameters}, timeout=240)
+
+
+def train_with_a_kill(store: str, snapshot: str, folder: Path) -> dict[str, Any]:
+    """Sixteen steps on two ranks; rank 1 is killed after the first checkpoint."""
+    file = folder / "train.yaml"
+    settings = {
+        "store": store,
+        "run": "small",
+        "snapshot": snapshot,
+        "preset": "emoji",
+        "model": {"width": 64, "layers": [1, 1, 2]},
+        "ranks": 2,
+        "zero_stage": 2,
+        "steps": 16,
+        "global_batch_size": 8,
+        "checkpoint_every": 4,
+        "validation_every": 8,
+        "held_out": 0.1,
+        "cache": str(folder / "cache"),
+    }
+    file.write_text(yaml.safe_dump(settings))
+    command = [sys.executable, "-m", "starflow.cli", "train", "--config", str(file)]
+    trainer = subprocess.Popen(command, start_new_session=True)
+    try:
+        wait_for(lambda: list(open_store(store).list("runs/small/checkpoints/")), 120, "the first checkpoint")
+        beat = next((folder / "cache/runs/small/attempts").glob("*/heartbeat-1.json"))
+        os.kill(json.loads(beat.read_text())["pid"], signal.SIGKILL)
+        assert trainer.wait(180) == 0
+    finally:
+        if trainer.poll() is None:
+            trainer.terminate()
+            trainer.wait(30)
+    return starflow("runs", "show", "small", "--store", store)
+
+
+@pytest.mark.timeout(240)
+def test_a_failing_refresh_says_why_and_harms_nothing(stack: LocalStack, s3_url: str, tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    urls = tmp_path / "urls.parquet"
+    pq.write_table(pa.table({"address": ["http://127.0.0.1:9/a.png"]}), urls)
+    with pytest.raises(StarflowError, match="url"):
+        refresh(stack, urls, {"store": s3_url, "allow_host": ["127.0.0.1"]})
+    assert list_snapshots(open_store(s3_url)) == []
+    with pytest.raises(StarflowError):
+        load_snapshot(open_store(s3_url))
