@@ -20,15 +20,15 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from starflow import manifest
+from starflow.architecture import FlowConfig
 from starflow.config import Config
+from starflow.convert import write_safetensors
 from starflow.encoders import TextIdentity, VAEIdentity
-from starflow.errors import CorruptError, NotFoundError
+from starflow.errors import ConfigError, CorruptError, NotFoundError
 from starflow.manifest import ObjectRef
-from starflow.model import FlowConfig
 from starflow.objectstore import ObjectStore
 
 KIND, VERSION = "checkpoint", 1
@@ -154,28 +154,21 @@ def load_checkpoint(
 
 
 def read_weights(store: ObjectStore, checkpoint: Checkpoint, kind: Weights) -> dict[str, Tensor]:
-    """Whole float32 parameters by name; one shard at a time passes through a temporary folder."""
-    state = {name: torch.empty(shape) for name, shape in checkpoint.parameters.items()}
-    missing = {name: tensor.numel() for name, tensor in state.items()}
+    """Whole float32 parameters by name. Raises NotFoundError or CorruptError."""
+    return dict(iterate_weights(store, checkpoint, kind))
+
+
+def iterate_weights(store: ObjectStore, checkpoint: Checkpoint, kind: Weights) -> Iterator[tuple[str, Tensor]]:
+    """Whole float32 parameters, one in memory at a time: the checked shards lie in a temporary folder meanwhile."""
     with tempfile.TemporaryDirectory(prefix="starflow-") as folder:
-        path = Path(folder) / "shard.safetensors"
-        for shard in checkpoint.shards:
+        paths = [Path(folder) / f"{number}.safetensors" for number in range(len(checkpoint.shards))]
+        for path, shard in zip(paths, checkpoint.shards, strict=True):
             manifest.download(store, getattr(shard, kind), path)
-            with FragmentReader([path]) as reader:
-                for name, start, values in reader.all():
-                    state[name].view(-1)[start : start + len(values)] = values
-                    missing[name] -= len(values)
-    _check_complete(checkpoint, missing)
-    return state
-
-
-def _check_complete(checkpoint: Checkpoint, missing: dict[str, int]) -> None:
-    wrong = [name for name, count in missing.items() if count]
-    if wrong:
-        raise CorruptError(
-            f"checkpoint {checkpoint.step} of run {checkpoint.run!r} does not hold {wrong[0]} exactly once "
-            f"({len(wrong)} such parameters); use an older checkpoint"
-        )
+        with FragmentReader(paths) as reader:
+            for name, shape in checkpoint.parameters.items():
+                tensor = torch.empty(shape)
+                reader.read_into(name, 0, tensor.view(-1))
+                yield name, tensor
 
 
 class FragmentReader:
@@ -204,12 +197,6 @@ class FragmentReader:
         self._index.clear()
         self._files.clear()
 
-    def all(self) -> Iterator[tuple[str, int, Tensor]]:
-        """(name, start, (n,) values) of every fragment."""
-        for name, fragments in self._index.items():
-            for start, file, key in fragments:
-                yield name, start, file.get_tensor(key)
-
     def read_into(self, name: str, start: int, out: Tensor) -> None:
         """Fills `out` (n,) with the values from `start` on. Raises CorruptError for a gap."""
         filled = 0
@@ -237,21 +224,23 @@ def fragments_in(header: bytes) -> dict[str, int]:
 
 
 def export(store: ObjectStore, checkpoint: Checkpoint, folder: Path, ema: bool = True) -> Path:
-    """Writes ``model.safetensors`` and ``config.json`` to `folder`; `load_exported` reads them back."""
+    """Writes ``model.safetensors`` (float32) and ``config.json`` to `folder`, one parameter in memory at a time.
+
+    `starflow.generate.Generator.open` and `starflow.convert.read_model` read the folder.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(read_weights(store, checkpoint, "ema" if ema else "weights"), folder / "model.safetensors")
+    layout = {name: (torch.float32, torch.Size(shape)) for name, shape in checkpoint.parameters.items()}
+    weights = iterate_weights(store, checkpoint, "ema" if ema else "weights")
+    write_safetensors(folder / "model.safetensors", layout, weights)
     text = json.dumps({"model": checkpoint.model, "trained": checkpoint.trained.model_dump()}, indent=1)
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")
     return folder
 
 
-def load_exported(folder: Path) -> tuple[FlowConfig, dict[str, Tensor], TrainedInfo]:
-    """Reads what `export` wrote. Raises NotFoundError or CorruptError."""
-    try:
-        described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        state = load_file(folder / "model.safetensors")
-        return FlowConfig(**described["model"]), state, TrainedInfo.model_validate(described["trained"])
-    except FileNotFoundError as error:
-        raise NotFoundError(f"{folder} holds no exported model ({error.filename} is missing)") from error
-    except (ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise CorruptError(f"{folder} is not an exported model: {error}") from error
+def parse_checkpoint(uri: str) -> tuple[str, str, int | Literal["newest"]]:
+    """Store, run and step of ``STORE/RUN`` or ``STORE/RUN@STEP``. Raises ConfigError for another form."""
+    store, _, name = uri.rstrip("/").rpartition("/")
+    run, at, step = name.partition("@")
+    if not store or not run or (at and step != "newest" and not step.isdigit()):
+        raise ConfigError(f"checkpoint {uri!r} is not STORE/RUN or STORE/RUN@STEP, for example s3://starflow/emoji@300")
+    return store, run, int(step) if step.isdigit() else "newest"

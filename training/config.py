@@ -36,6 +36,10 @@ class TrainConfig(Config):
     ranks: int = Field(1, gt=0, description="Processes in all, one per GPU.")
     seed: int = Field(0, ge=0, description="Decides initial weights, sample order and every random draw.")
 
+    init_from: str | None = Field(
+        None, description="Checkpoint whose weights a new run starts from: STORE/RUN or STORE/RUN@STEP."
+    )
+
     zero_stage: Literal[0, 1, 2, 3] = Field(2, description="What ranks share: 1 optimizer, 2 gradients, 3 weights too.")
     offload: Literal["none", "cpu", "nvme"] = Field(
         "none", description="Where optimizer states (and ZeRO-3 weights) live."

@@ -11,6 +11,9 @@ import typer
 def train(
     overrides: Annotated[list[str] | None, typer.Argument(help="Settings as key=value, over the file's.")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file with the settings.")] = None,
+    init_from: Annotated[
+        str | None, typer.Option("--from", help="Start a new run from this checkpoint: STORE/RUN or STORE/RUN@STEP.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would run, check the store, stop.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the outcome as JSON on stdout.")] = False,
 ) -> None:
@@ -21,7 +24,7 @@ def train(
     from training.launch import PREEMPTED_STATUS
     from training.supervisor import Supervisor
 
-    settings = load_config(TrainConfig, config, overrides or ())
+    settings = load_config(TrainConfig, config, overrides or (), init_from=init_from)
     if dry_run:
         _show_plan(settings, as_json)
         return
@@ -50,9 +53,11 @@ def dry_run_plan(settings: Any) -> dict[str, Any]:
     """Resolved configuration, size, memory per rank, work, and whether the store answers; starts nothing."""
     from uuid import uuid4
 
+    from starflow.flops import parameters as count_parameters
+    from starflow.flops import training_flops
     from starflow.objectstore import open_store
     from starflow.snapshots import load_snapshot
-    from training.estimate import count_parameters, memory_per_rank, training_flops
+    from training.estimate import memory_per_rank
     from training.worker import architecture, check_data
 
     flow = architecture(settings)

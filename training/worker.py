@@ -16,8 +16,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from starflow.checkpoints import Checkpoint, TrainedInfo
+from starflow.checkpoints import Checkpoint, TrainedInfo, list_steps
 from starflow.errors import ConfigError, CorruptError, StarflowError, StoreError
+from starflow.flops import training_flops
 from starflow.manifest import get
 from starflow.model import FlowConfig, STARFlow
 from starflow.objectstore import ObjectStore, open_store
@@ -29,8 +30,8 @@ from training.conditions import make_conditioner
 from training.config import TrainConfig
 from training.ema import EMA
 from training.engine import Engine
-from training.estimate import training_flops
 from training.examples import ExampleMaker
+from training.initial import initialise
 from training.launch import Attempt, Heart, Report, read_attempt, write_report
 from training.lease import LeaseHeldError
 from training.loop import Loop, SaveFailedError, State, TrainingDivergedError
@@ -104,7 +105,10 @@ class Rank:
         conditioner = make_conditioner(config, flow, reader.text, device)
         self.heart.beat()
         torch.manual_seed(config.seed)
-        engine = Engine(STARFlow(flow), config)
+        model = STARFlow(flow)
+        if config.init_from and not list_steps(store, config.run):
+            initialise(model, config.init_from)
+        engine = Engine(model, config)
         ema = EMA(engine.fragments)
         checkpoint = resume(store, config, engine, ema)
         self.heart.beat()
