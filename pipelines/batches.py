@@ -8,17 +8,19 @@ import shutil
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from PIL import Image
 
 from pipelines.captioners import AltText, Captioner
 from pipelines.config import RefreshConfig
 from pipelines.crawl import OUTCOME, fetch_batch
+from pipelines.filters import in_scripts, load_score
 from pipelines.ledger import get_table, put_table
 from pipelines.plan import ROWS, Batch
 from starflow import manifest
@@ -31,7 +33,7 @@ from starflow.objectstore import ObjectStore
 VERSION = 1
 #: URLs kept as examples of each reason, for reports.
 EXAMPLES = 5
-_CAPTION_IMAGES = 64
+_PICTURES = 64
 
 CAPTIONS = pa.list_(
     pa.struct([("text", pa.string()), ("origin", pa.string()), ("version", pa.string()), ("weight", pa.float32())])
@@ -68,6 +70,7 @@ class CaptionRecord(Config):
 
     captions: ObjectRef
     captioner: str
+    quality: dict[str, int]
 
 
 class FilterRecord(Config):
@@ -261,32 +264,67 @@ def caption_batch(
     ]
     result = pa.table({"key": table["key"], "captions": pa.array(captions, CAPTIONS)})
     ref = put_table(store, f"{batch.folder}captions", result)
-    record = CaptionRecord(captions=ref, captioner=f"{captioner.name} {captioner.version}")
+    record = CaptionRecord(captions=ref, captioner=f"{captioner.name} {captioner.version}", quality=_quality(captions))
     return commit_record(store, batch, record)  # type: ignore[no-any-return]
+
+
+def _quality(captions: list[list[dict[str, Any]]]) -> dict[str, int]:
+    """Figures of the newest caption of each picture; they add up over batches."""
+    texts = [each[-1]["text"] if each else "" for each in captions]
+    return {
+        "pictures": len(texts),
+        "empty": sum(not text for text in texts),
+        "repeated": len(texts) - len(set(texts)),
+        "characters": sum(map(len, texts)),
+        "not_latin": sum(not in_scripts(text, ("LATIN",)) for text in texts),
+    }
 
 
 def _model_captions(
     store: ObjectStore, images: ObjectRef, table: pa.Table, alts: list[str], captioner: Captioner, work: Path
 ) -> list[str]:
-    tar = work / "caption.tar"
-    manifest.download(store, images, tar)
     texts = [""] * len(table)
+    for rows, pictures in _pictures(store, images, table, work):
+        answers = captioner.caption(pictures, [alts[row] for row in rows])
+        for row, text in zip(rows, answers, strict=True):
+            texts[row] = " ".join(text.split())
+    return texts
+
+
+def _pictures(
+    store: ObjectStore, images: ObjectRef, table: pa.Table, work: Path
+) -> Iterator[tuple[list[int], list[Image.Image]]]:
+    """(row numbers, decoded pictures) of the table, a few at a time; what cannot be decoded is left out."""
+    tar = work / "pictures.tar"
+    manifest.download(store, images, tar)
     places = list(zip(table["offset"].to_pylist(), table["size"].to_pylist(), strict=True))
     with tar.open("rb") as file:
-        for first in range(0, len(table), _CAPTION_IMAGES):
-            pictures, positions = [], []
-            for row in range(first, min(first + _CAPTION_IMAGES, len(table))):
+        for first in range(0, len(places), _PICTURES):
+            rows, pictures = [], []
+            for row in range(first, min(first + _PICTURES, len(places))):
                 file.seek(places[row][0])
-                try:
+                with suppress(ImageError):  # counted when it is encoded
                     pictures.append(decode_image(file.read(places[row][1])))
-                except ImageError:  # counted when it is encoded
-                    continue
-                positions.append(row)
-            answers = captioner.caption(pictures, [alts[row] for row in positions])
-            for row, text in zip(positions, answers, strict=True):
-                texts[row] = " ".join(text.split())
+                    rows.append(row)
+            yield rows, pictures
     tar.unlink()
-    return texts
+
+
+def apply_score(
+    store: ObjectStore, crawl: CrawlRecord, rows: pa.Table, reasons: np.ndarray, config: RefreshConfig, work: Path
+) -> None:
+    """Gives the reason low_score, in place, to pictures that the configured function scores below the minimum."""
+    if config.score is None or crawl.images is None:
+        return
+    score = load_score(config.score)
+    kept = np.flatnonzero(reasons == "")
+    table = rows.take(kept)
+    captions = [each[-1]["text"] if each else "" for each in table["captions"].to_pylist()]
+    for numbers, pictures in _pictures(store, crawl.images, table, work):
+        scores = score(pictures, [captions[number] for number in numbers])
+        for number, value in zip(numbers, scores, strict=True):
+            if not value >= config.min_score:
+                reasons[kept[number]] = "low_score"
 
 
 def candidates(store: ObjectStore, crawl: CrawlRecord, caption: CaptionRecord) -> pa.Table:

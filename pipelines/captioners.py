@@ -2,19 +2,46 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+import base64
+import hashlib
+import io
+import json
+import os
+import random
+import threading
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol
 
 from PIL import Image
 
 from pipelines.config import RefreshConfig
-from starflow.errors import ConfigError
+from starflow.errors import StarflowError
+
+#: Pictures are sent, and shown to models, no larger than this.
+MAX_SIDE = 768
+#: Tries of one request, over about half a minute.
+ATTEMPTS = 6
+
+
+class CaptionError(StarflowError):
+    """A captioner that cannot be used, or that keeps failing."""
 
 
 class Captioner(Protocol):
     """Anything with a name, a version that changes when its captions would, and `caption`."""
 
-    name: str
-    version: str
+    @property
+    def name(self) -> str:
+        """Origin of its captions."""
+        ...
+
+    @property
+    def version(self) -> str:
+        """Version of its captions."""
+        ...
 
     def caption(self, images: list[Image.Image], alts: list[str]) -> list[str]:
         """One caption for each picture, in order; an empty one when there is nothing to say."""
@@ -31,8 +58,154 @@ class AltText:
         return [" ".join(alt.split()) for alt in alts]
 
 
+class EndpointCaptioner:
+    """A vision model behind an OpenAI-compatible endpoint (vLLM and the like).
+
+    The key, if it needs one, is read from OPENAI_API_KEY. Requests run side by side within `rate` a second; 429,
+    5xx and time-outs are tried again, honouring Retry-After. Once `budget` tokens are used up, CaptionError is raised.
+    """
+
+    def __init__(
+        self, base: str, model: str, prompt: str, concurrency: int, rate: float, max_tokens: int, budget: int | None
+    ) -> None:
+        self.url = f"{base.rstrip('/')}/chat/completions"
+        self.name, self.prompt = model, prompt
+        self.version = hashlib.sha256(f"{prompt}\n{max_tokens}".encode()).hexdigest()[:12]
+        self.concurrency, self.max_tokens, self.budget = concurrency, max_tokens, budget
+        self.tokens = 0
+        self._interval = 1 / rate if rate else 0.0
+        self._next_start = 0.0
+        self._lock = threading.Lock()
+
+    def caption(self, images: list[Image.Image], alts: list[str]) -> list[str]:
+        """Asks for all captions; raises CaptionError when one cannot be had."""
+        with ThreadPoolExecutor(self.concurrency) as pool:
+            return list(pool.map(self._ask, images, alts))
+
+    def _ask(self, image: Image.Image, alt: str) -> str:
+        if self.budget is not None and self.tokens >= self.budget:
+            raise CaptionError(
+                f"captioning has used {self.tokens} tokens, caption_budget is {self.budget}; raise it, "
+                "and run the same command again to go on from here"
+            )
+        content = [
+            {"type": "image_url", "image_url": {"url": _data_uri(image)}},
+            {"type": "text", "text": self.prompt.replace("{alt}", alt)},
+        ]
+        answer = self._post(
+            {
+                "model": self.name,
+                "messages": [{"role": "user", "content": content}],
+                "max_tokens": self.max_tokens,
+                "temperature": 0,
+            }
+        )
+        try:
+            text = str(answer["choices"][0]["message"]["content"] or "")
+        except (KeyError, IndexError, TypeError) as error:
+            raise CaptionError(f"{self.url} answered without choices[0].message.content: {answer!r:.200}") from error
+        with self._lock:
+            self.tokens += int((answer.get("usage") or {}).get("total_tokens", 0))
+        return text.strip()
+
+    def _post(self, body: dict[str, Any]) -> dict[str, Any]:
+        headers = {"Content-Type": "application/json"}
+        if key := os.environ.get("OPENAI_API_KEY"):
+            headers["Authorization"] = f"Bearer {key}"
+        request = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
+        failure = ""
+        for attempt in range(ATTEMPTS):
+            self._wait_for_turn()
+            wait = 0.5 * 2**attempt * random.uniform(0.5, 1.0)
+            try:
+                with urllib.request.urlopen(request, timeout=120) as response:
+                    answer: dict[str, Any] = json.load(response)
+                    return answer
+            except urllib.error.HTTPError as error:
+                failure = f"HTTP {error.code}: {error.read(200).decode('utf-8', 'replace')}"
+                if error.code not in (408, 409, 429) and error.code < 500:
+                    break
+                asked = error.headers.get("Retry-After", "")
+                wait = min(float(asked), 60.0) if asked.isdigit() else wait
+            except (OSError, ValueError) as error:
+                failure = str(error)
+            if attempt < ATTEMPTS - 1:
+                time.sleep(wait)
+        raise CaptionError(
+            f"no caption from {self.url} for model {self.name!r}: {failure}; check captioner, captioner_model and "
+            "OPENAI_API_KEY, then run the same command again to go on from here"
+        )
+
+    def _wait_for_turn(self) -> None:
+        with self._lock:
+            start = max(time.monotonic(), self._next_start)
+            self._next_start = start + self._interval
+        time.sleep(max(0.0, start - time.monotonic()))
+
+
+def _data_uri(image: Image.Image) -> str:
+    small = image.copy()
+    small.thumbnail((MAX_SIDE, MAX_SIDE))
+    file = io.BytesIO()
+    small.convert("RGB").save(file, "JPEG", quality=90)
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+class ModelCaptioner:
+    """A Hugging Face image-to-text model (BLIP class), by id or path; on a GPU when there is one."""
+
+    def __init__(self, model: str, batch_size: int = 16, max_tokens: int = 60) -> None:
+        import torch
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        self.name, self.batch_size, self.max_tokens = model, batch_size, max_tokens
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            self.processor = AutoProcessor.from_pretrained(model)
+            self.model = AutoModelForImageTextToText.from_pretrained(model).eval().to(self.device)
+        except (OSError, ValueError) as error:
+            raise CaptionError(
+                f"captioner {model!r} cannot be loaded: {error}; write alt, an http(s) endpoint, or the Hugging Face "
+                "id or path of an image-to-text model"
+            ) from error
+        self.version = _weights_hash(self.model)
+
+    def caption(self, images: list[Image.Image], alts: list[str]) -> list[str]:
+        """Ignores the alt texts; greedy decoding, so that the same picture gives the same caption."""
+        import torch
+
+        captions: list[str] = []
+        for first in range(0, len(images), self.batch_size):
+            batch = [image.convert("RGB") for image in images[first : first + self.batch_size]]
+            with torch.inference_mode():
+                inputs = self.processor(images=batch, return_tensors="pt").to(self.device)
+                tokens = self.model.generate(**inputs, max_new_tokens=self.max_tokens, do_sample=False)
+            captions += self.processor.batch_decode(tokens, skip_special_tokens=True)
+        return [caption.strip() for caption in captions]
+
+
+def _weights_hash(model: Any) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().float().numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
 def load_captioner(config: RefreshConfig) -> Captioner:
-    """The captioner that the configuration names. Raises ConfigError for one that does not exist."""
+    """The captioner that the configuration names. Raises CaptionError for one that cannot be loaded."""
     if config.captioner == "alt":
         return AltText()
-    raise ConfigError(f"captioner {config.captioner!r} is not known; write alt")
+    if config.captioner.startswith(("http://", "https://")):
+        if not config.captioner_model:
+            raise CaptionError(f"captioner {config.captioner} needs the model's name; set captioner_model")
+        return EndpointCaptioner(
+            config.captioner,
+            config.captioner_model,
+            config.caption_prompt,
+            config.caption_concurrency,
+            config.caption_rate,
+            config.caption_tokens,
+            config.caption_budget,
+        )
+    return ModelCaptioner(config.captioner)

@@ -1,4 +1,4 @@
-"""Commands: refresh, snapshots, preview."""
+"""Command: refresh."""
 
 from __future__ import annotations
 

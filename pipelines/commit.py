@@ -15,7 +15,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines import batches
-from pipelines.captioners import load_captioner
 from pipelines.filters import FILTERS_VERSION
 from pipelines.ledger import KEPT, MOMENT, SCHEMA, Spill, newest
 from pipelines.plan import Batch
@@ -101,7 +100,7 @@ def _publish(state: RefreshState, parts: list[Part]) -> Snapshot:
 
 def _publish_on(state: RefreshState, parent: Snapshot | None, parts: list[Part]) -> Snapshot:
     config = state.config
-    captioner = load_captioner(config)
+    captioner = batches.load_record(state.store, state.batches[-1], batches.CaptionRecord).captioner
     sources: Counter[str] = Counter()
     for plan in state.plans:
         sources.update(plan.sources)
@@ -113,7 +112,7 @@ def _publish_on(state: RefreshState, parent: Snapshot | None, parts: list[Part])
         dropped=state.dropped,
         sources=sources,
         versions={
-            "captioner": f"{captioner.name} {captioner.version}",
+            "captioner": captioner,
             "filters": FILTERS_VERSION,
             "refresh": state.name,
         },

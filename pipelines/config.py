@@ -116,6 +116,15 @@ class RefreshConfig(Config):
     caption_concurrency: int = Field(
         16, title="Caption concurrency", description="Requests at once to an endpoint.", ge=1, le=1024
     )
+    caption_rate: float = Field(
+        0.0, title="Caption rate", description="Requests a second to an endpoint; 0 is no limit.", ge=0
+    )
+    caption_tokens: int = Field(
+        100, title="Tokens per caption", description="An endpoint's answer is cut there.", ge=1, le=4096
+    )
+    caption_budget: int | None = Field(
+        None, title="Caption budget", description="Tokens an endpoint may use in one run; null: no limit.", ge=1
+    )
     alt_weight: float = Field(
         0.5, title="Weight of alt texts", description="Share of training draws, beside a captioner's 1.", ge=0, le=1
     )

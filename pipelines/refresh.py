@@ -132,13 +132,17 @@ def _plan_retries(state: RefreshState) -> list[Plan]:
 
 def caption(state: RefreshState) -> Counts:
     """Captions the pictures of every batch."""
-    captioner = load_captioner(state.config)
+    quality: Counter[str] = Counter()
+    captioner = None
     for number, batch in enumerate(state.batches):
-        if batches.load_record(state.store, batch, batches.CaptionRecord) is None:
-            record = batches.load_record(state.store, batch, batches.CrawlRecord)
-            batches.caption_batch(state.store, batch, record, captioner, state.config, state.work)
+        record = batches.load_record(state.store, batch, batches.CaptionRecord)
+        if record is None:
+            captioner = captioner or load_captioner(state.config)
+            crawled = batches.load_record(state.store, batch, batches.CrawlRecord)
+            record = batches.caption_batch(state.store, batch, crawled, captioner, state.config, state.work)
+        quality.update(record.quality)
         state.progress("caption", number + 1, len(state.batches))
-    return {"captioner": f"{captioner.name} {captioner.version}"}
+    return {"captioner": state.config.captioner, "quality": dict(quality)}
 
 
 def filter_(state: RefreshState) -> Counts:
@@ -185,6 +189,8 @@ def _filter_window(state: RefreshState, window: list[Batch]) -> list[batches.Fil
         tables.append(rows)
         verdicts.append(reasons)
     _mark_duplicates(state, window, tables, verdicts)
+    for record, rows, reasons in zip(crawls, tables, verdicts, strict=True):
+        batches.apply_score(state.store, record, rows, reasons, state.config, state.work)
     return [
         batches.filter_batch(state.store, *parts, state.takedowns_ref)
         for parts in zip(window, crawls, tables, verdicts, strict=True)
