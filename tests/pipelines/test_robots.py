@@ -1,0 +1,101 @@
+"""robots.txt, X-Robots-Tag and TDM reservations."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipelines.config import OPT_OUT_DIRECTIVES
+from pipelines.robots import opted_out, parse_robots, parse_tdm, tdm_reserved
+
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+ROBOTS = """
+# comment
+User-agent: OtherBot/2.0
+User-agent: starflow
+Disallow: /no/
+Allow: /no/but-this
+Disallow: /*.gif$
+Disallow: /q?x=
+Crawl-delay: 2
+
+User-agent: *
+Disallow: /
+"""
+
+
+@pytest.mark.parametrize(
+    ("path", "allowed"),
+    [
+        ("/", True),
+        ("/no/a.png", False),
+        ("/no/but-this.png", True),
+        ("/a.gif", False),
+        ("/a.gif?x", True),
+        ("/q?x=1", False),
+        ("/q?y=1", True),
+    ],
+)
+def test_the_longest_match_decides(path: str, allowed: bool) -> None:
+    assert parse_robots(ROBOTS, "starflow").allows(f"http://a.example{path}") is allowed
+
+
+def test_groups() -> None:
+    assert parse_robots(ROBOTS, "STARFLOW").delay == 2
+    assert not parse_robots(ROBOTS, "stranger").allows("http://a.example/x")
+    assert parse_robots("", "starflow").allows("http://a.example/x")
+    assert parse_robots("<html>not robots: at all</html>", "starflow").allows("http://a.example/x")
+    assert parse_robots("User-agent: *\nDisallow:\n", "starflow").allows("http://a.example/x")
+    assert parse_robots("User-agent: *\nCrawl-delay: soon", "starflow").delay == 0
+
+
+@given(st.text(max_size=200), st.text(max_size=50))
+def test_any_robots_file_can_be_read(text: str, path: str) -> None:
+    parse_robots(text, "starflow").allows(f"http://a.example/{path.replace('[', '')}")
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([], False),
+        (["all"], False),
+        (["noai"], True),
+        (["NoAI, noarchive"], True),
+        (["noarchive", "noimageai"], True),
+        (["noml"], True),
+        (["none"], True),
+        (["otherbot: noai"], False),
+        (["otherbot: noarchive, noai"], False),
+        (["otherbot: all, starflow: noai"], True),
+        (["*: noai"], True),
+        (["starflow: noai"], True),
+        (["unavailable_after: 25 Jun 2010 15:00:00 PST, noai"], True),
+        (["unavailable_after: Fri, 25 Jun 2010 15:00:00 GMT"], True),
+        (["unavailable_after: Friday, 25-Jun-10 15:00:00 UTC"], True),
+        (["unavailable_after: 2010-06-25"], True),
+        (["unavailable_after: 2090-06-25T10:00:00+02:00"], False),
+        (["unavailable_after: Sun, 25 Jun 2090 15:00:00 GMT, noai"], True),
+        (["unavailable_after: some day"], False),
+        (["max-image-preview: none"], False),
+        (["max-snippet: -1, max-video-preview: 3"], False),
+        ([": , ,:"], False),
+    ],
+)
+def test_x_robots_tag(values: list[str], expected: bool) -> None:
+    assert opted_out(values, "starflow", OPT_OUT_DIRECTIVES, NOW) is expected
+
+
+@given(st.text(max_size=60))
+def test_any_header_can_be_read(value: str) -> None:
+    opted_out([value], "starflow", OPT_OUT_DIRECTIVES, NOW)
+
+
+def test_tdm_reservation() -> None:
+    patterns = parse_tdm('[{"location": "/img/*", "tdm-reservation": 1}, {"location": "/", "tdm-reservation": 0}]')
+    assert tdm_reserved(patterns, "http://a.example/img/x.png")
+    assert not tdm_reserved(patterns, "http://a.example/x.png")
+    for broken in ("", "{}", "[1]", "[" * 10_000):
+        assert parse_tdm(broken) == ()
