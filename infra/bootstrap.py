@@ -18,6 +18,8 @@ from infra.prefect_client import PrefectAPI
 from infra.services import POOL, last_line
 from starflow.errors import NotFoundError, StarflowError
 
+#: Flow runs that the work pool runs side by side, unless set otherwise in the UI.
+RUNS_AT_ONCE = 2
 ROOT = Path(__file__).resolve().parents[1]
 #: Prefect variable that holds the digest of what was registered last.
 DIGEST_VARIABLE = "starflow_registered"
@@ -52,10 +54,13 @@ def definition_digest(store: str) -> str:
 
 
 def _ensure_pool(api: PrefectAPI) -> None:
+    """Makes the work pool, or gives one that a worker has made its limit; a limit set in the UI stays."""
     try:
-        api.get(f"/work_pools/{POOL}")
+        pool = api.get(f"/work_pools/{POOL}")
     except NotFoundError:
-        api.post("/work_pools/", {"name": POOL, "type": "process"})
+        pool = api.post("/work_pools/", {"name": POOL, "type": "process"})
+    if pool["concurrency_limit"] is None:
+        api.patch(f"/work_pools/{POOL}", {"concurrency_limit": RUNS_AT_ONCE})
 
 
 def _deploy(api_url: str, store: str) -> None:

@@ -94,6 +94,7 @@ def child(command: Sequence[str]) -> Iterator[tuple[subprocess.Popen[str], queue
         text=True,
         errors="replace",
         start_new_session=True,
+        preexec_fn=processes.end_with_parent,  # also when this process is killed: two must not write one run
     )
     lines: queue.Queue[str | None] = queue.Queue()
     threading.Thread(target=_read_lines, args=(process, lines), daemon=True).start()

@@ -129,8 +129,9 @@ def start_run(api: PrefectAPI, deployment: str, parameters: Mapping[str, Any]) -
 
 
 def cancel_run(api: PrefectAPI, run_id: str) -> None:
-    """Asks the run to stop; its worker ends the process."""
-    api.post(f"/flow_runs/{run_id}/set_state", {"state": {"type": "CANCELLING"}})
+    """Stops the run: at once if it waits, else its worker ends the process."""
+    waits = api.get(f"/flow_runs/{run_id}")["state"]["type"] == "SCHEDULED"
+    api.post(f"/flow_runs/{run_id}/set_state", {"state": {"type": "CANCELLED" if waits else "CANCELLING"}})
 
 
 def read_answer(api: PrefectAPI, run_id: str) -> dict[str, Any]:

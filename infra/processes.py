@@ -6,6 +6,7 @@ Every process of a stack also carries a mark in its environment. Its descendants
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -23,6 +24,7 @@ from starflow.errors import StarflowError
 
 #: Environment variable whose value (the stack's folder) marks a process as belonging to that stack.
 MARK = "STARFLOW_STACK_PROCESS"
+_LIBC, _PR_SET_PDEATHSIG = ctypes.CDLL(None), 1
 
 
 class ProcessRef(Config):
@@ -81,6 +83,11 @@ def start(
     with suppress(psutil.NoSuchProcess):
         return ProcessRef(pid=child.pid, created=psutil.Process(child.pid).create_time())
     return ProcessRef(pid=child.pid, created=0.0)  # it has ended already
+
+
+def end_with_parent() -> None:
+    """For a child, before it executes its program: Linux sends it SIGTERM when the thread that started it ends."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def stop(processes: Iterable[psutil.Process], *, seconds: float, first: signal.Signals = signal.SIGTERM) -> None:

@@ -278,7 +278,8 @@ class PrefectWorker(Service):
         return self.folder / "work"
 
     def command(self) -> list[str]:
-        worker = ["worker", "start", "--pool", POOL, "--type", "process", "--name", "local", "--limit", "2"]
+        # Without --limit: with it the worker dies when a crashed run is rescheduled at once. The pool has a limit.
+        worker = ["worker", "start", "--pool", POOL, "--type", "process", "--name", "local"]
         return [sys.executable, "-m", "prefect", *worker]
 
     def environment(self) -> dict[str, str]:
