@@ -9,29 +9,16 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import io
 import os
-import random
-import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from starflow.errors import AlreadyExistsError, ChangedError, ConfigError, NotFoundError, StoreError
-
-#: Objects above this size go up in parts, each with its own checksum.
-MULTIPART_BYTES = 64 * 2**20
-#: How long an S3 operation is retried before it fails for good, in seconds: short until the store has
-#: answered once, because then the endpoint is more likely wrong than briefly down.
-FIRST_DEADLINE_SECONDS, DEADLINE_SECONDS = 10.0, 120.0
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -95,6 +82,8 @@ def open_store(url: str) -> ObjectStore:
     """
     parts = urlsplit(url)
     if parts.scheme == "s3":
+        from starflow.s3store import S3Store  # builds on the classes below
+
         if not parts.netloc:
             raise ConfigError(f"store {url!r} names no bucket; write s3://BUCKET/PREFIX")
         return S3Store(parts.netloc, parts.path.strip("/"))
@@ -244,248 +233,3 @@ def _copy_durably(source: Path, target: Path) -> None:
             writer.write(block)
         writer.flush()
         os.fsync(writer.fileno())
-
-
-class S3Store(ObjectStore):
-    """Objects in an S3 bucket, through boto3; safe to use from several threads and after a fork."""
-
-    def __init__(self, bucket: str, prefix: str) -> None:
-        self.bucket, self.prefix = bucket, f"{prefix}/" if prefix else ""
-        self.url = f"s3://{bucket}/{prefix}".rstrip("/")
-        self._client_of: tuple[int, Any] | None = None
-        self._answered = False
-
-    @property
-    def client(self) -> Any:
-        # boto3 clients do not survive a fork, so each process makes its own.
-        if self._client_of is None or self._client_of[0] != os.getpid():
-            self._client_of = (os.getpid(), _s3_client())
-        return self._client_of[1]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_client_of": None}
-
-    def read(self, key: str, start: int | None = None, length: int | None = None) -> bytes:
-        span = {}
-        if length == 0:
-            return b""
-        if start is not None or length is not None:
-            first = start or 0
-            span = {"Range": f"bytes={first}-{'' if length is None else first + length - 1}"}
-
-        def get() -> bytes:
-            body = self.client.get_object(Bucket=self.bucket, Key=self.prefix + key, **span)["Body"]
-            return bytes(body.read())
-
-        return self._retry("read", key, get)
-
-    def write(self, key: str, data: bytes | memoryview) -> None:
-        if len(data) > MULTIPART_BYTES:
-            self._retry("write", key, lambda: self._transfer_up(key, _MemoryFile(data)), len(data))
-        else:
-            self._put(key, data)
-
-    def create(self, key: str, data: bytes) -> None:
-        try:
-            self._put(key, data, IfNoneMatch="*")
-        except _PreconditionError:
-            # A put whose answer was lost is retried by boto3 and then finds its own object.
-            if self.read(key) != data:
-                raise AlreadyExistsError(
-                    f"{self.url}/{key} exists with other content: another writer committed first"
-                ) from None
-
-    def replace(self, key: str, data: bytes, etag: str) -> None:
-        try:
-            self._put(key, data, IfMatch=etag)
-        except (_PreconditionError, NotFoundError):
-            info = self.head(key)
-            if info is None or self.read(key) != data:
-                raise ChangedError(f"{self.url}/{key} has been changed by another writer since it was read") from None
-
-    def head(self, key: str) -> ObjectInfo | None:
-        try:
-            answer = self._retry(
-                "look up", key, lambda: self.client.head_object(Bucket=self.bucket, Key=self.prefix + key)
-            )
-        except NotFoundError:
-            return None
-        return ObjectInfo(key, answer["ContentLength"], answer["ETag"])
-
-    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        token: dict[str, str] = {}
-        while True:
-            arguments = {"Bucket": self.bucket, "Prefix": self.prefix + prefix, **token}
-            page = self._retry("list", prefix, partial(self.client.list_objects_v2, **arguments))
-            for item in page.get("Contents", ()):
-                yield ObjectInfo(item["Key"].removeprefix(self.prefix), item["Size"], item["ETag"])
-            if not page.get("IsTruncated"):
-                return
-            token = {"ContinuationToken": page["NextContinuationToken"]}
-
-    def delete(self, keys: Iterable[str]) -> None:
-        names = [self.prefix + key for key in keys]
-        for first in range(0, len(names), 1000):  # S3's limit for one request
-            batch = {"Objects": [{"Key": name} for name in names[first : first + 1000]], "Quiet": True}
-            answer = self._retry(
-                "delete",
-                names[first],
-                partial(self.client.delete_objects, Bucket=self.bucket, Delete=batch),
-            )
-            if failed := answer.get("Errors"):
-                first_failure = failed[0]
-                raise StoreError(
-                    f"cannot delete {len(failed)} objects of {self.url}, first {first_failure.get('Key')}: "
-                    f"{first_failure.get('Message')}; check the permission s3:DeleteObject"
-                )
-
-    def upload(self, key: str, path: Path) -> None:
-        def transfer() -> None:
-            with path.open("rb") as file:
-                self._transfer_up(key, file)
-
-        self._retry("upload", key, transfer, path.stat().st_size)
-
-    def download(self, key: str, path: Path) -> None:
-        unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}~")
-        try:
-            self._retry(
-                "download",
-                key,
-                lambda: self.client.download_file(
-                    self.bucket, self.prefix + key, str(unfinished), Config=_transfer_config()
-                ),
-            )
-            unfinished.replace(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
-
-    def _put(self, key: str, data: bytes | memoryview, **conditions: str) -> None:
-        body = bytes(data)
-        self._retry(
-            "write",
-            key,
-            lambda: self.client.put_object(
-                Bucket=self.bucket, Key=self.prefix + key, Body=body, ChecksumAlgorithm="SHA256", **conditions
-            ),
-            len(body),
-        )
-
-    def _transfer_up(self, key: str, file: Any) -> None:
-        self.client.upload_fileobj(
-            file,
-            self.bucket,
-            self.prefix + key,
-            ExtraArgs={"ChecksumAlgorithm": "SHA256"},
-            Config=_transfer_config(),
-        )
-
-    def _retry(self, operation: str, key: str, call: Callable[[], T], size: int | None = None) -> T:
-        """Runs `call` until it succeeds, fails for good, or the deadline passes.
-
-        boto3 retries a few times within seconds; this outer, jittered loop outlives longer outages.
-        """
-        from boto3.exceptions import Boto3Error
-        from botocore.exceptions import (
-            BotoCoreError,
-            ClientError,
-            NoCredentialsError,
-            PartialCredentialsError,
-        )
-
-        started, attempt = time.monotonic(), 0
-        while True:
-            attempt += 1
-            try:
-                result = call()
-                self._answered = True
-                return result
-            except (NoCredentialsError, PartialCredentialsError) as error:
-                raise StoreError(
-                    f"no credentials for {self.url}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-                ) from error
-            except (ClientError, BotoCoreError, Boto3Error) as error:
-                self._raise_if_final(key, error)
-                elapsed = time.monotonic() - started
-                if elapsed > (DEADLINE_SECONDS if self._answered else FIRST_DEADLINE_SECONDS):
-                    amount = "" if size is None else f" ({size} bytes)"
-                    raise StoreError(
-                        f"cannot {operation} {self.url}/{key}{amount} after {attempt} attempts in {elapsed:.0f} s: "
-                        f"{error}; check that the endpoint {self.client.meta.endpoint_url} is up"
-                    ) from error
-                time.sleep(min(0.5 * 2**attempt, 10.0) * random.uniform(0.5, 1.0))
-
-    def _raise_if_final(self, key: str, error: Exception) -> None:
-        """Translates the answers that no retry will change."""
-        cause = error if hasattr(error, "response") else error.__cause__ or error.__context__
-        response = getattr(cause, "response", None) or {}
-        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-        code = str(response.get("Error", {}).get("Code", ""))
-        message = str(error)
-        if status == 412 or code == "PreconditionFailed" or "PreconditionFailed" in message:
-            raise _PreconditionError(message) from error
-        if code == "NoSuchBucket" or (status == 404 and "NoSuchBucket" in message):
-            raise NotFoundError(f"bucket {self.bucket} does not exist; create it or correct the store URL") from error
-        if status == 404:
-            raise NotFoundError(f"{self.url}/{key} does not exist; check the store and the name") from error
-        if status in (401, 403):
-            raise StoreError(
-                f"{self.url} refuses these credentials for {key} ({code or status}); "
-                "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and the bucket's policy"
-            ) from error
-        if status is not None and 400 <= status < 500 and status not in (408, 409, 425, 429):
-            raise StoreError(f"{self.url}/{key}: {message}") from error
-
-
-class _PreconditionError(StoreError):
-    """The condition of a conditional put did not hold."""
-
-
-class _MemoryFile(io.RawIOBase):
-    """A read-only file over a buffer, without copying it as BytesIO would."""
-
-    def __init__(self, data: bytes | memoryview) -> None:
-        self._data, self._position = memoryview(data).cast("B"), 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: len(self._data)}[whence]
-        self._position = max(0, base + offset)
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        block = self._data[self._position : self._position + len(buffer)]
-        buffer[: len(block)] = block
-        self._position += len(block)
-        return len(block)
-
-
-def _s3_client() -> Any:
-    import boto3
-    from botocore.config import Config as BotoConfig
-    from botocore.exceptions import BotoCoreError
-
-    settings = BotoConfig(
-        retries={"mode": "standard", "total_max_attempts": 4},
-        connect_timeout=5,
-        read_timeout=60,
-        max_pool_connections=16,
-    )
-    try:
-        return boto3.session.Session().client("s3", config=settings)
-    except (BotoCoreError, ValueError) as error:
-        raise ConfigError(f"cannot set up S3: {error}; check AWS_ENDPOINT_URL and AWS_REGION") from error
-
-
-def _transfer_config() -> Any:
-    from boto3.s3.transfer import TransferConfig
-
-    return TransferConfig(multipart_threshold=MULTIPART_BYTES, multipart_chunksize=MULTIPART_BYTES // 2)

@@ -28,7 +28,7 @@ OWNERS = {
     "prefect": {"pipelines/flows.py", "infra/flows.py"},
     "ray": {"pipelines/encode.py"},
     "zarr": {"starflow/latents.py"},
-    "boto3": {"starflow/objectstore.py"},
+    "boto3": {"starflow/s3store.py"},
     "deepspeed": {"training/engine.py"},
     "diffusers": {"starflow/encoders.py", "training/vae.py"},
     "transformers": {"starflow/encoders.py", "pipelines/captioners.py"},

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from starflow import objectstore
+from starflow import s3store
 from starflow.errors import AlreadyExistsError, ChangedError, ConfigError, NotFoundError, StoreError
 from starflow.objectstore import LocalStore, ObjectStore, open_store
 
@@ -83,7 +83,7 @@ def test_list_and_delete(store: ObjectStore) -> None:
 
 
 def test_upload_and_download(store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(objectstore, "MULTIPART_BYTES", 12 * 2**20)
+    monkeypatch.setattr(s3store, "MULTIPART_BYTES", 12 * 2**20)
     data = os.urandom(25 * 2**20)
     source = tmp_path / "source"
     source.write_bytes(data)
@@ -123,7 +123,7 @@ def test_unreachable_endpoint_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION"):
         monkeypatch.setenv(name, "x")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    monkeypatch.setattr(objectstore, "FIRST_DEADLINE_SECONDS", 0.5)
+    monkeypatch.setattr(s3store, "FIRST_DEADLINE_SECONDS", 0.5)
     with pytest.raises(StoreError, match=r"cannot read s3://bucket/k .*127\.0\.0\.1:9"):
         open_store("s3://bucket").read("k")
 
