@@ -45,7 +45,11 @@ def run_demo(output: Path, state_dir: Path | None = None) -> None:
 
     Raises StarflowError naming the stage's failure and remedy; a repeated run goes on where it stopped.
     """
-    Demo(output, LocalStack(state_dir)).run()
+    previous = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that the stack stops
+    try:
+        Demo(output, LocalStack(state_dir)).run()
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 class Demo:
