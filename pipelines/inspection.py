@@ -6,7 +6,7 @@ import io
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from starflow.images import DECODE_ERRORS, FORMATS, ImageError, to_rgb
 
@@ -62,14 +62,22 @@ def inspect_image(data: bytes, max_pixels: int, max_frames: int) -> Inspection:
                 raise InspectionError("too_many_frames")
             if image.getexif().get(0x0112) in _SIDEWAYS:
                 width, height = height, width
-            # JPEG decodes straight to an eighth of the size, which is plenty for what is looked at here.
-            image.draft("RGB", (8 * _SIDE, 8 * _SIDE))
-            image.load()
-            grey = to_rgb(image).convert("L").resize((_SIDE, _SIDE), Image.Resampling.BOX)
+            grey = _grey(image)
         except (*DECODE_ERRORS, ImageError) as error:
             raise InspectionError("corrupt") from error
     pixels = np.asarray(grey, dtype=np.float32)
     return Inspection((image.format or "").lower(), width, height, perceptual_hash(pixels), float(pixels.std()))
+
+
+def _grey(image: Image.Image) -> Image.Image:
+    """The upright picture in 32 x 32 grey pixels; decodes all of the file."""
+    if image.mode == "RGB" and "icc_profile" not in image.info:
+        # JPEG decodes straight to grey at an eighth of the size, which is plenty here; other formats ignore this.
+        image.draft("L", (4 * _SIDE, 4 * _SIDE))
+    image.load()
+    if image.mode == "L":
+        return ImageOps.exif_transpose(image).resize((_SIDE, _SIDE), Image.Resampling.BOX)
+    return to_rgb(image).convert("L").resize((_SIDE, _SIDE), Image.Resampling.BOX)
 
 
 def perceptual_hash(grey: np.ndarray) -> int:
