@@ -31,7 +31,9 @@ def up(
     if json:
         print_json(stack.status())
         return
-    console.print(f"[green]The local stack is up.[/] Prefect UI: [bold]{state.ui}[/]   stop it: starflow down")
+    console.print(
+        f"[green]The local stack is up.[/] Prefect UI: [bold]{state.ui}[/]   stop it: starflow down", soft_wrap=True
+    )
     console.print("To use it from this shell:")
     for name, value in state.env.items():
         print(f"export {name}={shlex.quote(value)}")
@@ -101,3 +103,33 @@ def demo(
     from infra.demo.run import run_demo
 
     run_demo(output=output, state_dir=state_dir)
+
+
+prefect = typer.Typer(help="Set up a Prefect server for this project.", no_args_is_help=True)
+
+
+@prefect.callback()
+def _prefect() -> None:
+    """Set up a Prefect server for this project."""
+
+
+@prefect.command()
+def bootstrap(
+    api_url: Annotated[str, typer.Option(help="The server, as http://HOST:PORT/api.", envvar="PREFECT_API_URL")],
+    store: Annotated[
+        str, typer.Option(help="Default store of the deployments.", envvar="STARFLOW_STORE")
+    ] = "s3://starflow",
+    force: Annotated[bool, typer.Option("--force", help="Register again although nothing has changed.")] = False,
+    json: Json = False,
+) -> None:
+    """Register deployments, work pool and automations. Repeating it keeps what was changed in the UI."""
+    from infra.bootstrap import bootstrap as register
+
+    answer = register(api_url, store, force=force)
+    if json:
+        print_json(answer)
+        return
+    console.print(f"deployments {answer['deployments']}")
+    for what, names in answer["automations"].items():
+        for name in names:
+            console.print(f"automation {what}: {name}", highlight=False)

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
 from uuid import UUID
@@ -101,11 +101,11 @@ def child(command: Sequence[str]) -> Iterator[tuple[subprocess.Popen[str], queue
     try:
         yield process, lines
     finally:
-        if process.poll() is None:
-            family = processes.descendants(psutil.Process(process.pid))
-            process.terminate()
-            _, left = psutil.wait_procs(family, timeout=SAVE_SECONDS)
-            processes.stop(left, seconds=1.0)
+        family = processes.descendants(psutil.Process(process.pid)) if process.poll() is None else []
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(SAVE_SECONDS)
+        processes.stop([member for member in family if member.is_running()], seconds=1.0)
         process.wait()
 
 

@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "up": ("infra.cli", "up", "Start the local stack: S3, Prefect server and worker."),
     "down": ("infra.cli", "down", "Stop the local stack."),
     "status": ("infra.cli", "status", "Show the local stack."),
+    "prefect": ("infra.cli", "prefect", "Register the deployments on a Prefect server."),
     "refresh": ("pipelines.cli", "refresh", "Crawl, caption, filter, encode and publish a snapshot."),
     "snapshots": ("pipelines.snapshots_cli", "snapshots", "List, show, compare and check published snapshots."),
     "preview": ("pipelines.snapshots_cli", "preview", "Decode a few samples of a snapshot back to pictures."),
