@@ -127,12 +127,13 @@ class KeyValues:
         self.start = 0
         self.mask: Tensor | None = None
 
-    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Stores k, v (R, n, N, d) at `start` and returns all up to there; earlier calls' later tokens are dropped."""
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of q (R, n, N, d) over what precedes and itself, after storing k and v at `start`."""
         end = self.start + k.shape[1]
         self.keys[:, self.start : end] = k
         self.values[:, self.start : end] = v
-        return self.keys[:, :end], self.values[:, :end], self.mask
+        keys, values = self.keys[:, :end].transpose(1, 2), self.values[:, :end].transpose(1, 2)
+        return F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, self.mask).transpose(1, 2)
 
 
 class Attention(nn.Module):
@@ -151,13 +152,24 @@ class Attention(nn.Module):
         heads = width // self.head_dim
         qk, v = qkv.split([2 * heads, heads], dim=2)
         q, k = rotate(qk, rotary).chunk(2, dim=2)
-        mask = None
-        if cache is not None:
-            k, v, mask = cache.extend(k, v)
-        y = F.scaled_dot_product_attention(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, is_causal=cache is None
-        )  # (B, N, S, d)
-        return self.out(y.transpose(1, 2).reshape(batch, length, width))
+        y = causal_attention(q, k, v) if cache is None else cache.attend(q, k, v)
+        return self.out(y.reshape(batch, length, width))
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention over (B, S, N, d), all of one length.
+
+    PyTorch's fused CPU kernel is four times slower in bfloat16 (forward and backward) than two matrix products
+    with a softmax between, which fit in memory at these lengths; elsewhere the fused kernel wins.
+    """
+    batch, length, heads, _ = q.shape
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or length > 1024:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q * q.shape[-1] ** -0.5, k, v))  # (B N, S, d)
+    mask = q.new_full((length, length), -torch.inf).triu(1)
+    y = torch.bmm(torch.softmax(torch.baddbmm(mask, q, k.transpose(1, 2)), dim=-1), v)
+    return y.unflatten(0, (batch, heads)).transpose(1, 2)
 
 
 class MLP(nn.Module):
