@@ -1,0 +1,117 @@
+"""URL lists of every format, streamed."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines.sources import Columns, list_files, read_rows
+from starflow.errors import ConfigError, NotFoundError
+
+ROWS = [("http://a.example/1.png", "one, with a comma"), ("http://a.example/2.png", "zwei ü")]
+TABLE = pa.table({"url": [url for url, _ in ROWS], "caption": [text for _, text in ROWS], "licence": ["CC0", None]})
+
+
+def write(folder: Path, kind: str) -> Path:
+    path = folder / f"list.{kind}"
+    if kind == "parquet":
+        pq.write_table(TABLE, path)
+        return path
+    if kind.startswith("csv"):
+        text = "url,caption,licence\n" + "".join(f'{url},"{caption}",\n' for url, caption in ROWS)
+    elif kind.startswith("tsv"):
+        text = "url\tcaption\n" + "".join(f"{url}\t{caption}\n" for url, caption in ROWS)
+    elif kind.startswith("jsonl"):
+        text = "".join(f'{{"url": "{url}", "caption": "{caption}", "n": 1}}\n\n' for url, caption in ROWS)
+    else:
+        text = "# comment\n" + "\n\n".join(url for url, _ in ROWS)
+    path.write_bytes(gzip.compress(text.encode()) if kind.endswith("gz") else text.encode())
+    return path
+
+
+def read(path: Path | str, columns: Columns | None = None) -> pa.Table:
+    return pa.concat_tables(read_rows(str(path), columns or Columns(), Path(path).parent))
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv", "tsv", "jsonl", "csv.gz", "jsonl.gz"])
+def test_every_format(tmp_path: Path, kind: str) -> None:
+    rows = read(write(tmp_path, kind))
+    assert list(zip(rows["url"].to_pylist(), rows["caption"].to_pylist(), strict=True)) == ROWS
+
+
+@pytest.mark.parametrize("kind", ["txt", "txt.gz"])
+def test_text_lists_have_no_captions(tmp_path: Path, kind: str) -> None:
+    rows = read(write(tmp_path, kind))
+    assert rows["url"].to_pylist() == [url for url, _ in ROWS]
+    assert rows["caption"].to_pylist() == ["", ""]
+
+
+def test_columns_are_mapped_and_extra_ones_kept(tmp_path: Path) -> None:
+    path = tmp_path / "l.csv"
+    path.write_text("link,alt,lang,rights\nhttp://a.example/1.png,x,de,CC0\n")
+    columns = Columns(url="link", caption="alt", licence="rights", extra=("lang",))
+    assert read(path, columns).to_pylist() == [
+        {"url": "http://a.example/1.png", "caption": "x", "licence": "CC0", "extra": '{"lang": "de"}'}
+    ]
+
+
+def test_nulls_and_numbers_become_text(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"url": ["http://a.example", None], "caption": [1, None]}), tmp_path / "l.parquet")
+    rows = read(tmp_path / "l.parquet")
+    assert rows["url"].to_pylist() == ["http://a.example", ""]
+    assert rows["caption"].to_pylist() == ["1", ""]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl"])
+def test_a_missing_column_names_those_there_are(tmp_path: Path, kind: str) -> None:
+    with pytest.raises(ConfigError, match=r"no column 'link', it has url.*url_column"):
+        read(write(tmp_path, kind), Columns(url="link"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("l.parquet", b"no parquet"),
+        ("l.csv", b"url,caption\n\xff\xfe,x\n"),
+        ("l.csv", b'url,caption\n"never closed,x\n'),
+        ("l.jsonl", b"{not json}\n"),
+        ("l.jsonl", b"[1]\n"),
+        ("l.txt.gz", b"no gzip"),
+        ("l.txt.gz", gzip.compress(b"http://a.example\n" * 1000)[:-9]),
+    ],
+)
+def test_unreadable_lists_are_one_sentence(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=f"{name} cannot be read"):
+        read(tmp_path / name)
+
+
+def test_files_folders_and_globs(tmp_path: Path) -> None:
+    for name in ("b.csv", "a.parquet", "sub/c.jsonl.gz", "notes.md", ".hidden.csv"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    inside = [str(tmp_path / name) for name in ("a.parquet", "b.csv", "sub/c.jsonl.gz")]
+    assert list_files(str(tmp_path)) == inside
+    assert list_files(str(tmp_path / "*.csv")) == [inside[1]]
+    assert list_files(str(tmp_path / "**/*.gz")) == [inside[2]]
+    assert list_files(inside[0]) == [inside[0]]
+
+
+def test_nothing_there_and_no_known_format(tmp_path: Path) -> None:
+    with pytest.raises(NotFoundError, match="no URL list"):
+        list_files(str(tmp_path / "nothing.parquet"))
+    (tmp_path / "list.xlsx").touch()
+    with pytest.raises(ConfigError, match="no known format"):
+        list_files(str(tmp_path / "list.xlsx"))
+
+
+def test_large_lists_come_in_pieces(tmp_path: Path) -> None:
+    count = 100_000
+    pq.write_table(pa.table({"url": [f"http://a.example/{i}" for i in range(count)]}), tmp_path / "l.parquet")
+    pieces = list(read_rows(str(tmp_path / "l.parquet"), Columns(caption=None), tmp_path))
+    assert sum(map(len, pieces)) == count
+    assert max(map(len, pieces)) < count / 2
