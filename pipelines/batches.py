@@ -20,6 +20,7 @@ from PIL import Image
 from pipelines.captioners import AltText, Captioner
 from pipelines.config import RefreshConfig
 from pipelines.crawl import OUTCOME, fetch_batch
+from pipelines.datasets import import_batch
 from pipelines.filters import in_scripts, load_score
 from pipelines.ledger import get_table, put_table
 from pipelines.plan import ROWS, Batch
@@ -125,9 +126,11 @@ def crawl_batch(
     shutil.rmtree(folder, ignore_errors=True)
     outcomes = _refused(np.flatnonzero(reasons != ""), reasons)
     if len(asked):
-        fetched = fetch_batch(
-            rows.take(asked), config.policy(), config.processes, config.threads, folder, rules, on_progress
-        )
+        urls, policy = rows.take(asked), config.policy()
+        if config.source == "list":
+            fetched = fetch_batch(urls, policy, config.processes, config.threads, folder, rules, on_progress)
+        else:
+            fetched = import_batch(urls, policy, folder, on_progress)
         numbers = pa.array(asked).take(fetched["row"])
         outcomes = pa.concat_tables([outcomes, fetched.set_column(0, "row", numbers)])
     table, tar = _pack(rows, outcomes.sort_by("row"), folder)

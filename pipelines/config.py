@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from pipelines.guard import FetchPolicy
@@ -24,6 +26,11 @@ class RefreshConfig(Config):
         min_length=1,
     )
     store: str = Field(title="Store", description="Where snapshots live: a folder or s3://BUCKET/PREFIX.", min_length=1)
+    source: Literal["list", "images", "webdataset"] = Field(
+        "list",
+        title="Kind of source",
+        description="list: URLs to fetch. images, webdataset: a folder (local or s3://) of pictures or of tars.",
+    )
     url_column: str = Field("url", title="URL column", description="Column with the picture's URL.")
     caption_column: str | None = Field(
         "caption", title="Caption column", description="Column with the alt text; null when there is none."

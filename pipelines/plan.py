@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 from pydantic import Field
 
 from pipelines.config import RefreshConfig
+from pipelines.datasets import read_samples
 from pipelines.ledger import MOMENT, Ledger, Spill, get_table, put_table
 from pipelines.sources import list_files, read_rows
 from pipelines.urls import host_of, url_key
@@ -156,9 +157,9 @@ def _spill_list(
 ) -> tuple[Spill, dict[str, int]]:
     spill, sources = Spill(work / "listed", ledger.partitions), {}
     total = 0
-    for file in list_files(config.urls):
+    for file in [config.urls] if config.source != "list" else list_files(config.urls):
         count = 0
-        for rows in read_rows(file, config.columns(), work):
+        for rows in _read_source(config, file, work):
             keys = pa.array([url_key(url) for url in rows["url"].to_pylist()], pa.string())
             spill.add(rows.append_column("key", keys))
             count += len(rows)
@@ -168,6 +169,12 @@ def _spill_list(
     if not total:
         raise ConfigError(f"the URL list {config.urls} is empty; give a list with at least one row")
     return spill, sources
+
+
+def _read_source(config: RefreshConfig, file: str, work: Path) -> Iterator[pa.Table]:
+    if config.source == "list":
+        return read_rows(file, config.columns(), work)
+    return read_samples(file, config.source, config.columns())
 
 
 def _spill_planned(store: ObjectStore, plans: list[Plan], ledger: Ledger, work: Path) -> Spill:
@@ -229,7 +236,7 @@ def is_blocked(url: str, hosts: Iterable[str]) -> bool:
 
 
 def _check_contact(config: RefreshConfig, rows: pa.Table) -> None:
-    if config.contact:
+    if config.contact or config.source != "list":
         return
     own = {entry.lower() for entry in config.allow_host} | {
         entry.lower().rpartition(":")[0] for entry in config.allow_host

@@ -1,0 +1,204 @@
+"""Pictures that are there already: folders of image files and WebDataset tars, local or on S3, instead of a crawl.
+
+They take the same way as fetched ones: listed, looked up in the ledger, inspected, filtered. Their URL is where they
+lie; a picture in a tar is ``<tar>?offset=<bytes>&size=<bytes>#<name>``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tarfile
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, quote, unquote, urlsplit
+
+import pyarrow as pa
+
+from pipelines.crawl import OUTCOME
+from pipelines.guard import FetchPolicy
+from pipelines.inspection import InspectionError, inspect_image
+from pipelines.sources import ROWS, Columns
+from starflow.errors import ConfigError, NotFoundError, StoreError
+from starflow.objectstore import LocalStore, ObjectStore, open_store
+
+PICTURES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"))
+_BATCH_ROWS, _READERS = 2**15, 16
+
+#: (location, caption, record) of one picture.
+Sample = tuple[str, str, dict[str, Any]]
+
+
+def read_samples(location: str, kind: str, columns: Columns) -> Iterator[pa.Table]:
+    """Streams what is under `location`, kind ``images`` or ``webdataset``, as tables with the schema ROWS.
+
+    Captions come from a text file beside the picture, or from the caption column of a JSON file beside it.
+    Raises NotFoundError when nothing is there, ConfigError for a tar that cannot be read.
+    """
+    store, prefix = _open(location)
+    samples = _images(store, prefix, columns) if kind == "images" else _webdataset(store, prefix, columns)
+    found = False
+    while chunk := list(islice(samples, _BATCH_ROWS)):
+        found = True
+        records = [
+            {
+                "url": url,
+                "caption": caption,
+                "licence": record.get(columns.licence),
+                "extra": json.dumps({name: record.get(name) for name in columns.extra}) if columns.extra else None,
+            }
+            for url, caption, record in chunk
+        ]
+        yield pa.Table.from_pylist(records, ROWS)
+    if not found:
+        raise NotFoundError(f"no {kind} under {location}; give a folder of pictures, or of tars for webdataset")
+
+
+def _open(location: str) -> tuple[ObjectStore, str]:
+    """The store to list, and the prefix inside it."""
+    if location.startswith("s3://"):
+        parts = urlsplit(location)
+        return open_store(f"s3://{parts.netloc}"), parts.path.lstrip("/")
+    path = Path(location).expanduser().absolute()
+    return (LocalStore(path.parent), path.name) if path.is_file() else (LocalStore(path), "")
+
+
+def _url(store: ObjectStore, key: str) -> str:
+    if isinstance(store, LocalStore):
+        return f"file://{quote(str(store.root / key))}"
+    return f"{store.url}/{quote(key)}"
+
+
+def _images(store: ObjectStore, prefix: str, columns: Columns) -> Iterator[Sample]:
+    for stem, group in _groups((info.key, None) for info in store.list(prefix)):
+        texts: dict[str, bytes] = {
+            suffix: store.read(f"{stem}{suffix}") for suffix in (".txt", ".json") if suffix in group
+        }
+        for suffix in sorted(PICTURES & group.keys()):
+            yield _url(store, stem + suffix), *_texts(texts, columns, stem)
+
+
+def _webdataset(store: ObjectStore, prefix: str, columns: Columns) -> Iterator[Sample]:
+    for info in store.list(prefix):
+        if info.key.endswith(".tar"):
+            yield from _tar_samples(store, info.key, columns)
+
+
+def _tar_samples(store: ObjectStore, key: str, columns: Columns) -> Iterator[Sample]:
+    try:
+        with tarfile.open(fileobj=_ObjectFile(store, key), mode="r:") as tar:
+            members = ((member.name, member) for member in tar if member.isfile())
+            for stem, group in _groups(members):
+                texts: dict[str, bytes] = {
+                    s: _member_bytes(store, key, group[s]) for s in (".txt", ".json") if s in group
+                }
+                for suffix in sorted(PICTURES & group.keys()):
+                    member = group[suffix]
+                    place = f"?offset={member.offset_data}&size={member.size}#{quote(member.name)}"
+                    yield _url(store, key) + place, *_texts(texts, columns, stem)
+    except tarfile.TarError as error:
+        raise ConfigError(f"{store.url}/{key} cannot be read as a tar: {error}; is the file complete?") from error
+
+
+def _member_bytes(store: ObjectStore, key: str, member: tarfile.TarInfo) -> bytes:
+    return store.read(key, member.offset_data, member.size)
+
+
+def _groups(files: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(common name, suffix to value) of files that lie beside each other and differ in suffix only."""
+    stem, group = "", dict[str, Any]()
+    for name, value in files:
+        base, dot, suffix = name.rpartition(".")
+        if base != stem and group:
+            yield stem, group
+            group = {}
+        stem = base
+        group[f"{dot}{suffix.lower()}"] = value
+    if group:
+        yield stem, group
+
+
+def _texts(texts: dict[str, bytes], columns: Columns, stem: str) -> tuple[str, dict[str, Any]]:
+    record: dict[str, Any] = {}
+    if ".json" in texts:
+        try:
+            found = json.loads(texts[".json"])
+        except ValueError as error:
+            raise ConfigError(f"{stem}.json cannot be read as JSON: {error}") from error
+        record = found if isinstance(found, dict) else {}
+    caption = record.get(columns.caption or "") or texts.get(".txt", b"").decode("utf-8", "replace")
+    return str(caption).strip(), record
+
+
+def import_batch(
+    urls: pa.Table, policy: FetchPolicy, folder: Path, on_progress: Callable[[int], None] = lambda done: None
+) -> pa.Table:
+    """Reads and inspects the pictures behind `urls` (column url); the same result as pipelines.crawl.fetch_batch."""
+    (folder / "output").mkdir(parents=True)
+    records: list[dict[str, Any]] = []
+    with ThreadPoolExecutor(_READERS) as pool, (folder / "output" / "00000.bin").open("wb") as file:
+        for row, data in enumerate(pool.map(_read, urls["url"].to_pylist())):
+            record: dict[str, Any] = {"row": row, "status": "ok", "reason": "", "http": 0}
+            try:
+                if data is None or len(data) > policy.max_bytes:
+                    raise InspectionError("missing" if data is None else "too_large")
+                seen = inspect_image(data, policy.max_pixels, policy.max_frames)
+            except InspectionError as error:
+                record |= {"status": "failed", "reason": str(error)}
+            else:
+                record |= vars(seen) | {"id": hashlib.sha256(data).hexdigest(), "shard": 0}
+                record |= {"offset": file.tell(), "size": len(data)}
+                file.write(data)
+            records.append(record)
+            on_progress(row + 1)
+    return pa.Table.from_pylist(records, OUTCOME)
+
+
+def _read(url: str) -> bytes | None:
+    """The picture's bytes; None when it is gone."""
+    parts = urlsplit(url)
+    place = {name: int(values[0]) for name, values in parse_qs(parts.query).items()}
+    path = unquote(parts.path)
+    store, key = (LocalStore(Path("/")), path.lstrip("/"))
+    if parts.scheme == "s3":
+        store, key = open_store(f"s3://{parts.netloc}"), path.lstrip("/")  # type: ignore[assignment]
+    try:
+        return store.read(key, place.get("offset"), place.get("size"))
+    except NotFoundError:
+        return None
+
+
+class _ObjectFile(io.RawIOBase):
+    """An object as a seekable file, so that a tar on S3 is listed by its headers without being downloaded."""
+
+    def __init__(self, store: ObjectStore, key: str) -> None:
+        info = store.head(key)
+        if info is None:
+            raise StoreError(f"{store.url}/{key} was deleted while it was listed; run the same command again")
+        self._store, self._key, self._size, self._position = store, key, info.size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._position = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence] + offset
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        length = min(len(buffer), self._size - self._position)
+        if length <= 0:
+            return 0
+        data = self._store.read(self._key, self._position, length)
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)

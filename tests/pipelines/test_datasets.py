@@ -1,0 +1,84 @@
+"""Image folders and WebDataset tars in the place of a crawl."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from pipelines.datasets import read_samples
+from pipelines.sources import Columns
+from starflow.errors import ConfigError, NotFoundError
+from tests.pipelines.fake_crawl import Bench, png
+
+
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    return Bench(tmp_path, monkeypatch)
+
+
+def write_folder(folder: Path) -> Path:
+    (folder / "sub dir").mkdir(parents=True)
+    (folder / "a.png").write_bytes(png(1))
+    (folder / "a.txt").write_text(" a first picture\n")
+    (folder / "sub dir" / "ü.png").write_bytes(png(2))
+    (folder / "sub dir" / "ü.json").write_text(json.dumps({"caption": "a second one", "licence": "CC0"}))
+    (folder / "broken.png").write_bytes(png(3)[:100])
+    (folder / "broken.txt").write_text("cut off")
+    (folder / "notes.md").write_text("nothing")
+    return folder
+
+
+def write_tar(path: Path, seeds: range) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for seed in seeds:
+            for suffix, data in (("png", png(seed)), ("txt", f"picture {seed}".encode()), ("cls", b"7")):
+                member = tarfile.TarInfo(f"{seed:06d}.{suffix}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+
+
+def test_an_image_folder_becomes_a_snapshot(bench: Bench) -> None:
+    folder = write_folder(bench.folder / "pictures")
+    result = bench.refresh(folder, source="images", contact="")
+    assert (result.added, result.dropped) == (2, {"corrupt": 1})
+    assert bench.web.requests.total() == 0
+    assert bench.refresh(folder, source="images").added == 0
+    (folder / "new.png").write_bytes(png(9))
+    (folder / "new.txt").write_text("new")
+    assert bench.refresh(folder, source="images").added == 1
+
+
+def test_webdataset_tars_become_a_snapshot(bench: Bench) -> None:
+    write_tar(bench.folder / "tars" / "000.tar", range(3))
+    write_tar(bench.folder / "tars" / "001.tar", range(2, 5))
+    result = bench.refresh(bench.folder / "tars", source="webdataset")
+    assert (result.added, result.dropped) == (5, {"duplicate": 1})
+
+
+def test_captions_come_from_text_or_json(tmp_path: Path) -> None:
+    (rows,) = read_samples(str(write_folder(tmp_path / "p")), "images", Columns())
+    found = {Path(row["url"]).name: (row["caption"], row["licence"]) for row in rows.to_pylist()}
+    assert found == {
+        "a.png": ("a first picture", None),
+        "%C3%BC.png": ("a second one", "CC0"),
+        "broken.png": ("cut off", None),
+    }
+
+
+def test_a_picture_in_a_tar_is_named_by_its_place(tmp_path: Path) -> None:
+    write_tar(tmp_path / "x.tar", range(1))
+    (rows,) = read_samples(str(tmp_path / "x.tar"), "webdataset", Columns())
+    assert rows["url"].to_pylist() == [f"file://{tmp_path}/x.tar?offset=512&size={len(png(0))}#000000.png"]
+
+
+def test_nothing_there_and_broken_files(tmp_path: Path) -> None:
+    with pytest.raises(NotFoundError, match="no images under"):
+        list(read_samples(str(tmp_path), "images", Columns()))
+    (tmp_path / "x.tar").write_bytes(b"x" * 2000)
+    with pytest.raises(ConfigError, match=r"x\.tar cannot be read as a tar"):
+        list(read_samples(str(tmp_path), "webdataset", Columns()))
