@@ -123,7 +123,7 @@ class Supervisor:
     def _back_off(self, failures: int, committed: int | None) -> None:
         seconds = min(LONGEST_BACKOFF, 2.0 ** max(0, failures - 1)) if failures else 0.5
         where = "the beginning" if committed is None else f"step {committed}"
-        self._tell("relaunch", f"relaunching from {where} in {seconds:.0f} s", committed)
+        self._tell("relaunch", f"relaunching from {where} in {seconds:g} s", committed)
         self._stop.wait(seconds)
 
     def _attempt(self, committed: int | None) -> End:
