@@ -164,10 +164,7 @@ class Postgres(Service):
     @property
     def sockets(self) -> Path:
         """Folder of the server's socket: beside the data unless that path is too long for a socket."""
-        if len(str(self.data)) <= 80:
-            return self.data
-        digest = f"{hash_text(str(self.data)):016x}"
-        return Path(tempfile.gettempdir()) / f"starflow-{digest}"
+        return self.data if len(str(self.data)) <= 80 else scratch(self.folder) / "postgres"
 
     @property
     def url(self) -> str:
@@ -175,11 +172,11 @@ class Postgres(Service):
 
     def prepare(self) -> None:
         for folder in {self.data, self.sockets}:
-            folder.mkdir(mode=0o700, exist_ok=True)
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             if self.user is not None:
                 os.chown(folder, self.user, self.user)
         if self.user is not None:
-            for path in (self.data, self.binary("postgres")):
+            for path in (self.data, self.sockets, self.binary("postgres")):
                 make_reachable(path)
         if (self.data / "PG_VERSION").exists():
             return
@@ -273,6 +270,7 @@ class PrefectWorker(Service):
 
     def prepare(self) -> None:
         (self.folder / "work").mkdir(exist_ok=True)
+        scratch(self.folder).mkdir(mode=0o700, exist_ok=True)
 
     def working_directory(self) -> Path:
         return self.folder / "work"
@@ -290,6 +288,8 @@ class PrefectWorker(Service):
                 "PREFECT_HOME": str(self.folder / "prefect"),
                 "PREFECT_WORKER_QUERY_SECONDS": "2",
                 "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
+                # Prefect and Ray put fixed names there, which belong to whoever was first on this machine.
+                "TMPDIR": str(scratch(self.folder)),
                 "RAY_USAGE_STATS_ENABLED": "0",
                 "NO_ALBUMENTATIONS_UPDATE": "1",
                 "DO_NOT_TRACK": "1",
@@ -367,9 +367,10 @@ def make_reachable(path: Path) -> None:
             folder.chmod(mode | stat.S_IXOTH)
 
 
-def hash_text(text: str) -> int:
-    """A stable 64-bit number for `text`."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+def scratch(folder: Path) -> Path:
+    """A short path for sockets and temporary files of the stack in `folder`, gone after `down`."""
+    digest = hashlib.sha256(f"{os.geteuid()} {folder}".encode()).hexdigest()[:8]
+    return Path(tempfile.gettempdir()) / f"starflow-{digest}"
 
 
 def last_line(text: str) -> str:

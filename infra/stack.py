@@ -37,6 +37,7 @@ from infra.services import (
     Service,
     client_environment,
     last_line,
+    scratch,
     write_private,
 )
 from starflow.config import Config
@@ -128,6 +129,7 @@ class LocalStack:
                     alone = kind.name != "worker"  # others look after their own children
                     processes.stop(below[:1] if alone else below, seconds=kind.stop_seconds, first=kind.stop_signal)
             processes.stop(processes.marked(self.folder), seconds=2.0)
+            shutil.rmtree(scratch(self.folder), ignore_errors=True)
             self._save(processes={})
         return list(running)
 
