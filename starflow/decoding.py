@@ -26,7 +26,7 @@ class Jacobi:
 
     tolerance: bound on the mean squared error against the sequential answer, relative to the signal's mean square.
     window: tokens evaluated at once.
-    guess_from: evaluated tokens whose mean Gaussian gives an entering token's first guess.
+    guess_from: evaluated tokens whose mean Gaussian gives an entering token's first guess; 0: its noise is the guess.
     blocks: over how many blocks the tolerance is shared.
     evaluations: network evaluations that each block took, filled by the decoder, first decoded block first.
     """
@@ -137,8 +137,9 @@ def decode_jacobi(decoder: BlockDecoder, z: Tensor, jacobi: Jacobi, progress: Pr
         u[:, start:end], sigmas[:, start:end] = new, sigma
         released = stop(change)
         entering = slice(end, min(end + released, tokens))
-        last = slice(-jacobi.guess_from, None)
-        u[:, entering] = z[:, entering] * sigma[:, last].mean(1, True) + mean[:, last].mean(1, True)
+        if jacobi.guess_from:
+            last = slice(-jacobi.guess_from, None)
+            u[:, entering] = z[:, entering] * sigma[:, last].mean(1, True) + mean[:, last].mean(1, True)
         evaluations += 1
         progress(released)
         start += released
