@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -52,6 +54,8 @@ OUTCOME = pa.schema(
 #: What the subprocess sees of our environment: no credentials, whatever they are called, and no proxies.
 _ENVIRONMENT = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "PYTHONPATH", "SSL_CERT_FILE", "SSL_CERT_DIR")
 _START_SECONDS = 120.0
+#: img2dataset sometimes hangs at its end: without progress for so long, and a few fetches, a batch is stopped.
+_STALL_SECONDS = 120.0
 #: URLs that are worth the start of another process.
 _PROCESS_ROWS = 256
 
@@ -81,7 +85,7 @@ def fetch_batch(
     """Fetches `urls` (columns url, etag, last_modified) into `folder` and returns one OUTCOME row each, in order.
 
     Original bytes of shard s lie in ``folder/output/<s:05d>.bin``. The subprocess is stopped after `limit` seconds
-    (default: what the slowest permitted answers take); what it had not finished is to be retried.
+    (default: what the slowest permitted answers take) or when it hangs; what it had not finished is to be retried.
     Raises StarflowError when it ends without any result at all.
     """
     processes = min(processes, -(-len(urls) // _PROCESS_ROWS))
@@ -100,41 +104,45 @@ def fetch_batch(
         shard = urls.take(rows).select(["url", "etag", "last_modified"])
         pq.write_table(shard.append_column("row", pa.array(rows)), folder / "input" / f"{index:05d}.parquet")
     (folder / "job.json").write_text(job.model_dump_json(), encoding="utf-8")
-    timed_out = _run(folder, on_progress, limit or _limit(urls, policy, processes * threads))
-    outcomes = [_verified(folder / "output", index, rows) for index, rows in enumerate(shards)]
-    if not timed_out and all(outcome is None for outcome in outcomes):
+    timed_out = _run(
+        folder, on_progress, limit or _limit(urls, policy, processes * threads), _STALL_SECONDS + 4 * policy.seconds
+    )
+    reason = "batch_time_limit" if timed_out else "crawl_lost"
+    outcomes = [_outcomes(folder / "output", index, rows, reason) for index, rows in enumerate(shards)]
+    if not timed_out and all(reason in outcome["reason"].to_pylist() for outcome in outcomes):
         raise StarflowError(
             f"the crawl subprocess ended without a result: {_last_line(folder / 'crawl.log')}; "
             "run `starflow doctor`, and check free space and memory"
         )
-    reason = "batch_time_limit" if timed_out else "crawl_lost"
-    tables = [
-        outcome if outcome is not None else _lost(rows, reason) for outcome, rows in zip(outcomes, shards, strict=True)
-    ]
-    return pa.concat_tables(tables).sort_by("row")
+    return pa.concat_tables(outcomes).sort_by("row")
 
 
 def _split(urls: pa.Table, policy: FetchPolicy, processes: int) -> list[np.ndarray]:
     """Row numbers per process. A site is asked by one process only, because limits per host are counted in a process;
     rows of the operator's own hosts, which have no limit, are dealt evenly."""
-    own = {entry.rsplit(":", 1)[0] if entry.count(":") == 1 else entry for entry in policy.allow_host}
+    own = _own_hosts(policy)
     hosts = [host_of(url) for url in urls["url"].to_pylist()]
     owners = np.array([row if host in own else zlib.crc32(host.encode()) for row, host in enumerate(hosts)])
     shards = [np.flatnonzero(owners % processes == index) for index in range(processes)]
     return [rows for rows in shards if len(rows)]
 
 
+def _own_hosts(policy: FetchPolicy) -> set[str]:
+    return {entry.rsplit(":", 1)[0] if entry.count(":") == 1 else entry for entry in policy.allow_host}
+
+
 def _limit(urls: pa.Table, policy: FetchPolicy, threads: int) -> float:
     """Seconds for a batch in which every URL uses all its time and the busiest host its whole rate, and a half more."""
-    hosts = Counter(host_of(url) for url in urls["url"].to_pylist())
-    busiest = max(hosts.values())
+    own = _own_hosts(policy)
+    hosts = Counter(host for host in map(host_of, urls["url"].to_pylist()) if host not in own)
+    busiest = max(hosts.values(), default=0)
     at_rate = busiest / policy.host_rate if policy.host_rate else 0.0
     in_turn = policy.seconds * max(-(-len(urls) // threads), -(-busiest // policy.host_concurrency))
     return _START_SECONDS + 1.5 * (at_rate + in_turn + 3 * policy.seconds)
 
 
-def _run(folder: Path, on_progress: Callable[[int], None], limit: float) -> bool:
-    """Runs the job to its end; True when it had to be stopped."""
+def _run(folder: Path, on_progress: Callable[[int], None], limit: float, stall: float) -> bool:
+    """Runs the job to its end; True when it had to be stopped, after `limit` seconds or `stall` without progress."""
     environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
     environment |= {
         "NO_ALBUMENTATIONS_UPDATE": "1",
@@ -142,7 +150,7 @@ def _run(folder: Path, on_progress: Callable[[int], None], limit: float) -> bool
         "WANDB_MODE": "disabled",
         "RES_OPTIONS": "timeout:3 attempts:2",  # glibc's resolver has no other bound
     }
-    deadline = time.monotonic() + limit
+    deadline, moved, done = time.monotonic() + limit, time.monotonic(), 0
     code = "import sys; from pipelines.crawl_worker import main; main(sys.argv[1])"
     with (folder / "crawl.log").open("wb") as log:
         # A session of its own, so that all its processes can be stopped together; it watches its stdin
@@ -156,11 +164,13 @@ def _run(folder: Path, on_progress: Callable[[int], None], limit: float) -> bool
             start_new_session=True,
         )
         try:
-            while time.monotonic() < deadline:
+            while time.monotonic() < min(deadline, moved + stall):
                 try:
                     process.wait(timeout=0.2)
                 except subprocess.TimeoutExpired:
-                    on_progress(_done(folder / "output"))
+                    if (now_done := _done(folder / "output")) > done:
+                        done, moved = now_done, time.monotonic()
+                    on_progress(done)
                 else:
                     return False
             return True
@@ -180,26 +190,44 @@ def _done(output: Path) -> int:
     return sum(int(path.read_text() or 0) for path in output.glob("*.done"))
 
 
-def _verified(output: Path, index: int, rows: np.ndarray) -> pa.Table | None:
-    """The shard's outcomes, or None unless they and img2dataset's statistics both account for every URL."""
-    stats_file, table_file = output / f"{index:05d}_stats.json", output / f"{index:05d}.parquet"
+def _outcomes(output: Path, index: int, rows: np.ndarray, reason: str) -> pa.Table:
+    """The shard's outcomes, one for each of `rows`.
+
+    img2dataset's statistics must account for every URL as its outcomes do. Of a shard that did not get so far, what
+    was finished counts as far as its bytes have the hash they should have; the rest failed for `reason`.
+    """
+    records = {record["row"]: record | {"shard": index} for record in _lines(output / f"{index:05d}.jsonl")}
+    if not _accounted(output / f"{index:05d}_stats.json", records, rows):
+        blob = output / f"{index:05d}.bin"
+        whole = {row: record for row, record in records.items() if _is_whole(blob, record)}
+        lost = [{"row": int(row), "status": "retry", "reason": reason, "http": 0} for row in rows if row not in whole]
+        return pa.Table.from_pylist([*whole.values(), *lost], OUTCOME)
+    return pa.Table.from_pylist(list(records.values()), OUTCOME)
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The complete lines of a JSON-lines file that may have been cut off."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+    return [json.loads(line) for line in lines]
+
+
+def _accounted(stats_file: Path, records: dict[int, dict[str, Any]], rows: np.ndarray) -> bool:
     try:
         stats = json.loads(stats_file.read_text(encoding="utf-8"))
-        table = pq.read_table(table_file, schema=pa.schema([f for f in OUTCOME if f.name != "shard"]))
-    except (FileNotFoundError, ValueError, pa.ArrowInvalid):
-        return None
-    counted = (stats["count"], stats["successes"])
-    successes = sum(status == "ok" for status in table["status"].to_pylist())
-    found = np.sort(table["row"].to_numpy())
-    if counted != (len(rows), successes) or not np.array_equal(found, rows):
-        return None
-    shard = pa.array([index] * len(table), pa.int32())
-    return table.append_column("shard", shard).select(OUTCOME.names)
+    except (FileNotFoundError, ValueError):
+        return False
+    successes = sum(record["status"] == "ok" for record in records.values())
+    return (stats["count"], stats["successes"]) == (len(rows), successes) and sorted(records) == rows.tolist()
 
 
-def _lost(rows: np.ndarray, reason: str) -> pa.Table:
-    records = [{"row": int(row), "status": "retry", "reason": reason, "http": 0} for row in rows]
-    return pa.Table.from_pylist(records, OUTCOME)
+def _is_whole(blob: Path, record: dict[str, Any]) -> bool:
+    if record["status"] != "ok":
+        return True
+    with blob.open("rb") as file:
+        file.seek(record["offset"])
+        return hashlib.sha256(file.read(record["size"])).hexdigest() == record["id"]
 
 
 def _last_line(log: Path) -> str:

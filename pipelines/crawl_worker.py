@@ -1,9 +1,9 @@
 """The crawl subprocess: img2dataset with a guarded download in place of its own.
 
-img2dataset shards the URLs, starts processes and
-threads and writes statistics; what fetches, inspects and stores a picture is ours, because its own download follows
-redirects to private addresses, reads bodies of any size and waits for any drip. The parent reads the outcome
-files, one per shard, and trusts nothing else: img2dataset's exit code says little.
+img2dataset shards the URLs, starts processes and threads and writes statistics; what fetches, inspects and stores a
+picture is ours, because its own download follows redirects to private addresses, reads bodies of any size and waits
+for any drip. The parent reads the outcome files, one per shard, and trusts nothing else: img2dataset's exit code says
+little. Only crawl processes import this module.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import functools
 import hashlib
 import importlib
 import io
+import json
 import os
 import signal
 import sys
@@ -25,9 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from pipelines.crawl import OPT_OUT_REASONS, OUTCOME, CrawlJob
+from pipelines.crawl import OPT_OUT_REASONS, CrawlJob
 from pipelines.guard import FetchError, FetchPolicy, checked, get
 from pipelines.inspection import Inspection, InspectionError, inspect_image
 from pipelines.robots import opted_out
@@ -146,13 +146,13 @@ def _unexpected(error: Exception) -> FetchError:
 
 
 class OutcomeWriter:
-    """In the place of img2dataset's writer: original bytes into one file, one outcome a URL into Parquet."""
+    """In the place of img2dataset's writer: original bytes into one file, one outcome a URL into JSON lines."""
 
     def __init__(self, shard_id: int, output_folder: str, *_: Any) -> None:
         self.base = Path(output_folder) / f"{shard_id:05d}"
         self.bytes = self.base.with_suffix(".bin").open("wb")
-        self.rows: list[dict[str, Any]] = []
-        self.reported = 0.0
+        self.lines = self.base.with_suffix(".jsonl").open("w", encoding="utf-8")
+        self.count, self.reported = 0, 0.0
 
     def write(self, fetched: Fetched | None, _key: str, _caption: str | None, meta: dict[str, Any]) -> None:
         """Called by img2dataset once a URL."""
@@ -173,22 +173,23 @@ class OutcomeWriter:
                 "size": len(fetched.data),
             }
             self.bytes.write(fetched.data)
-        self.rows.append(outcome)
+        self.lines.write(json.dumps(outcome) + "\n")
+        self.count += 1
         if time.monotonic() - self.reported > 0.2:
             self.report()
 
     def report(self) -> None:
-        """Leaves the number of URLs done where the parent looks for it."""
-        self.base.with_suffix(".done").write_text(str(len(self.rows)))
+        """Leaves what is done, and its number, where the parent looks for it; bytes before the lines that name them."""
+        self.bytes.flush()
+        self.lines.flush()
+        self.base.with_suffix(".done").write_text(str(self.count))
         self.reported = time.monotonic()
 
     def close(self) -> None:
-        """The Parquet file appears only when it is whole; img2dataset writes its statistics after it."""
-        self.bytes.close()
+        """Called by img2dataset before it writes its statistics."""
         self.report()
-        pq.write_table(
-            pa.Table.from_pylist(self.rows, OUTCOME).drop_columns("shard"), self.base.with_suffix(".parquet")
-        )
+        self.bytes.close()
+        self.lines.close()
 
 
 def _failed(message: str) -> dict[str, Any]:

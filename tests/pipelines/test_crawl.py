@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pyarrow as pa
 import pytest
@@ -100,6 +102,37 @@ def test_a_batch_over_its_limit_is_stopped_and_leaves_no_process(web: HostileWeb
     assert not [
         child for child in psutil.Process().children(recursive=True) if "crawl_worker" in " ".join(child.cmdline())
     ]
+
+
+def test_of_a_shard_that_was_stopped_what_is_whole_is_kept(tmp_path: Path) -> None:
+    data = [picture(seed=seed) for seed in range(3)]
+    lines = [
+        {"row": row, "status": "ok", "reason": "", "http": 200, "id": hashlib.sha256(each).hexdigest()}
+        | {"offset": sum(map(len, data[:row])), "size": len(each)}
+        for row, each in enumerate(data)
+    ]
+    lines.append({"row": 3, "status": "failed", "reason": "http_404", "http": 404})
+    text = "\n".join(json.dumps(line) for line in [*lines, {"row": 4, "status": "ok"}])
+    (tmp_path / "00000.jsonl").write_text(text[:-5])  # the last line was cut off
+    (tmp_path / "00000.bin").write_bytes(b"".join(data)[:-7])  # and so were the last bytes
+    table = crawl._outcomes(tmp_path, 0, np.arange(6), "batch_time_limit").sort_by("row")
+    assert table["reason"].to_pylist() == [
+        "",
+        "",
+        "batch_time_limit",
+        "http_404",
+        "batch_time_limit",
+        "batch_time_limit",
+    ]
+    assert table["id"].to_pylist()[:2] == [hashlib.sha256(each).hexdigest() for each in data[:2]]
+
+
+def test_statistics_that_do_not_add_up_are_not_believed(tmp_path: Path) -> None:
+    lines = [{"row": row, "status": "failed", "reason": "http_404", "http": 404} for row in range(2)]
+    (tmp_path / "00000.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "00000_stats.json").write_text(json.dumps({"count": 3, "successes": 0}))
+    table = crawl._outcomes(tmp_path, 0, np.arange(3), "crawl_lost").sort_by("row")
+    assert table["reason"].to_pylist() == ["http_404", "http_404", "crawl_lost"]
 
 
 def test_a_subprocess_without_any_result_is_an_error(
