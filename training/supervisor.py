@@ -17,9 +17,11 @@ import psutil
 
 from starflow import manifest
 from starflow.checkpoints import list_steps
+from starflow.console import console
 from starflow.errors import AlreadyExistsError, NotFoundError, StarflowError, StoreError
 from starflow.objectstore import ObjectStore, open_store
 from starflow.snapshots import load_snapshot
+from training.cluster import Announcement, Place, announce, read_announcement
 from training.config import TrainConfig
 from training.events import Events
 from training.launch import Attempt, Outcome, Report, read_heartbeats, read_reports, write_attempt
@@ -70,7 +72,9 @@ def resolve(store: ObjectStore, config: TrainConfig) -> TrainConfig:
 class Supervisor:
     """One machine's supervisor of one run."""
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, place: Place | None = None) -> None:
+        self.place = place or Place()
+        self.local_ranks = self.place.share(config.ranks)
         self.store = open_store(config.store)
         self.config = resolve(self.store, config)
         self.lease = Lease(self.store, config.run, identity(), config.lease_seconds)
@@ -83,13 +87,17 @@ class Supervisor:
 
         Raises LeaseHeldError when somebody else is writing the run.
         """
+        if self.place.node > 0:
+            return self._follow()
         self.lease.acquire(2 * self.config.lease_seconds, lambda message: self._tell("waiting", message))
         renewing = threading.Event()
         renewer = threading.Thread(target=self._renew, args=(renewing,), daemon=True)
         renewer.start()
         previous = {number: signal.signal(number, self._request_stop) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
-            return self._supervise()
+            outcome = self._supervise()
+            self._announce(self.events.attempts, outcome)
+            return outcome
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
@@ -126,43 +134,69 @@ class Supervisor:
         self._tell("relaunch", f"relaunching from {where} in {seconds:g} s", committed)
         self._stop.wait(seconds)
 
+    def _follow(self) -> Outcome:
+        """On the other machines: takes part in each attempt that machine 0 announces, until it says how it ended."""
+        previous = {number: signal.signal(number, self._request_stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            done = 0
+            while True:
+                news = read_announcement(self.store, self.config.run, self.place.launch)
+                if news is not None and news.outcome is not None:
+                    return news.outcome
+                if news is not None and news.attempt > done:
+                    done = news.attempt
+                    end = self._launch(done)
+                    console.print(f"machine {self.place.node}, attempt {done}: {end.message}", markup=False)
+                elif self._stop.is_set() and not done:
+                    return "preempted"
+                time.sleep(POLL)
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _announce(self, attempt: int, outcome: Outcome | None = None) -> None:
+        if self.place.nodes > 1:
+            announce(self.store, self.config.run, Announcement(self.place.launch, attempt, outcome))
+
     def _attempt(self, committed: int | None) -> End:
         number = self.events.attempts + 1
-        folder = self.config.folder / "attempts" / f"{number:04d}"
-        shutil.rmtree(folder, ignore_errors=True)
-        path = write_attempt(Attempt(config=self.config, owner=self.lease.owner, folder=folder))
         where = "" if committed is None else f", resuming from step {committed}"
         message = f"attempt {number}: {self.config.ranks} ranks, ZeRO-{self.config.zero_stage}{where}"
         self.events.add("resumed" if committed is not None else "started", message, number, committed)
-        torchrun = subprocess.Popen(self._command(path), env=self._environment(), start_new_session=True)
+        self._announce(number)
+        return self._launch(number)
+
+    def _launch(self, number: int) -> End:
+        """This machine's part of an attempt, from torchrun's start until all its processes are gone."""
+        folder = self.config.folder / "attempts" / f"{number:04d}"
+        shutil.rmtree(folder, ignore_errors=True)
+        path = write_attempt(Attempt(config=self.config, owner=self.lease.owner, folder=folder))
+        command = [
+            *(sys.executable, "-m", "training.agent", *self.place.torchrun(number)),
+            *("--nproc-per-node", str(self.local_ranks), "--max-restarts", "0", "--monitor-interval", "0.2"),
+            *("-m", "training.worker", str(path)),
+        ]
+        torchrun = subprocess.Popen(command, env=self._environment(), start_new_session=True)
         try:
-            return self._watch(torchrun, folder)
+            return self._watch(torchrun, folder, number)
         finally:
             end_processes(torchrun, folder)
 
-    def _command(self, attempt: Path) -> list[str]:
-        """One torchrun that never restarts anything itself; --standalone finds a free port on loopback."""
-        return [
-            *(sys.executable, "-m", "training.agent", "--standalone"),
-            *("--nproc-per-node", str(self.config.ranks), "--max-restarts", "0", "--monitor-interval", "0.2"),
-            *("-m", "training.worker", str(attempt)),
-        ]
-
     def _environment(self) -> dict[str, str]:
-        threads = max(1, len(os.sched_getaffinity(0)) // self.config.ranks)
+        threads = max(1, len(os.sched_getaffinity(0)) // self.local_ranks)
         return {
             "OMP_NUM_THREADS": str(threads),
             "TORCH_CPP_LOG_LEVEL": "ERROR",
-            "GLOO_SOCKET_IFNAME": "lo",
             "PYTHONUNBUFFERED": "1",
+            **({"GLOO_SOCKET_IFNAME": "lo"} if self.place.nodes == 1 else {}),
             **os.environ,
             # With the shared store torchrun loses ranks when it is started again (c10d rendezvous).
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         }
 
-    def _watch(self, torchrun: subprocess.Popen[bytes], folder: Path) -> End:
-        """Until the ranks are done, one of them is dead or hung, or the lease is lost."""
-        launched, asked = time.monotonic(), 0.0
+    def _watch(self, torchrun: subprocess.Popen[bytes], folder: Path, number: int) -> End:
+        """Until the ranks are done, one of them is dead or hung, the lease is lost or machine 0 has moved on."""
+        launched, asked, looked = time.monotonic(), 0.0, time.monotonic()
         while torchrun.poll() is None:
             beats = read_heartbeats(folder)
             reports = read_reports(folder)
@@ -173,6 +207,10 @@ class Supervisor:
             hung = self._hung(beats, reports, time.monotonic() - launched)
             if hung:
                 return End("failed", hung)
+            if self.place.node > 0 and time.monotonic() - looked > 5:
+                looked = time.monotonic()
+                if self._left_behind(number):
+                    return End("failed", "the other machines have gone on without this one")
             if self._stop.is_set() and time.monotonic() - asked > 2:
                 asked = time.monotonic()
                 if not beats:
@@ -183,13 +221,17 @@ class Supervisor:
             time.sleep(POLL)
         return self._judge(torchrun, folder)
 
+    def _left_behind(self, number: int) -> bool:
+        news = read_announcement(self.store, self.config.run, self.place.launch)
+        return news is not None and (news.attempt > number or news.outcome == "failed")
+
     def _hung(self, beats: dict[int, tuple[int, float]], reports: dict[int, Report], running: float) -> str | None:
         limit = self.config.hang_timeout
         silent = [rank for rank, (_, silence) in beats.items() if silence > limit and rank not in reports]
         if silent:
             return f"rank {', '.join(map(str, silent))} gave no sign of life for {limit:.0f} s and was stopped"
-        if len(beats) < self.config.ranks and running > limit:
-            return f"only {len(beats)} of {self.config.ranks} ranks had started after {limit:.0f} s"
+        if len(beats) < self.local_ranks and running > limit:
+            return f"only {len(beats)} of {self.local_ranks} ranks had started after {limit:.0f} s"
         return None
 
     def _judge(self, torchrun: subprocess.Popen[bytes], folder: Path) -> End:
@@ -203,7 +245,7 @@ class Supervisor:
             names = ", ".join(f"rank {rank} (process {beats[rank][0]})" for rank in dead)
             return End("failed", f"{names} died without a word, as after SIGKILL")
         deadline = time.monotonic() + GRACE
-        while torchrun.poll() is None and len(read_reports(folder)) < self.config.ranks:
+        while torchrun.poll() is None and len(read_reports(folder)) < self.local_ranks:
             if time.monotonic() > deadline:
                 break
             time.sleep(POLL)
@@ -213,7 +255,7 @@ class Supervisor:
         if failed:
             final = next((item for item in failed if not item[1].retry), failed[0])
             return End("failed", f"rank {final[0]} failed: {final[1].reason}", final[1].retry)
-        if len(reports) == self.config.ranks:
+        if len(reports) == self.local_ranks:
             outcome = reports[0][1].outcome
             return End(outcome, {"completed": "completed", "preempted": "saved and stopped as asked"}[outcome])
         return End("failed", f"torchrun ended with status {torchrun.returncode} before its ranks reported")

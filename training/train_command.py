@@ -20,6 +20,7 @@ def train(
     """Train a run, or resume it: the same command again goes on from the newest checkpoint that verifies."""
     from starflow.config import load_config
     from starflow.console import print_json
+    from training.cluster import place_from_environment
     from training.config import TrainConfig
     from training.launch import PREEMPTED_STATUS
     from training.supervisor import Supervisor
@@ -28,7 +29,7 @@ def train(
     if dry_run:
         _show_plan(settings, as_json)
         return
-    outcome = Supervisor(settings).run()
+    outcome = Supervisor(settings, place_from_environment()).run()
     if as_json:
         from training.run_commands import describe_run
 

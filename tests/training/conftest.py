@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+
 import numpy as np
 import pytest
 import torch
@@ -42,3 +44,11 @@ def make_config(tmp_path, store):
         return TrainConfig.model_validate({**defaults, **values})
 
     return make
+
+
+@pytest.fixture
+def free_port():
+    """A loopback port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

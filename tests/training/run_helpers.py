@@ -16,11 +16,11 @@ from training.metrics import read_metrics
 TIMING = {"seconds", "images_per_second", "data_wait", "text_seconds"}
 
 
-def command(config, tmp_path):
+def command(config, tmp_path, environment=None, name=None):
     """`starflow train` on the configuration, as a process of its own."""
-    file = tmp_path / f"{config.run}.yaml"
+    file = tmp_path / f"{name or config.run}.yaml"
     file.write_text(config.model_dump_json())  # JSON is YAML
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | (environment or {})
     return subprocess.Popen([sys.executable, "-m", "starflow.cli", "train", "--config", str(file)], env=environment)
 
 
