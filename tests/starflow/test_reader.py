@@ -161,3 +161,16 @@ def test_empty_batch(store, tmp_path):
     batch = reader.gather((2, 3), np.empty(0, np.int64))
     assert batch.mean.shape == (0, 2, 2, 3)
     assert batch.ids == batch.captions == []
+
+
+def test_from_s3_through_the_cache(s3_url, tmp_path):
+    store = open_store(s3_url)
+    data = Data(store, 0, 60, holes=(7,), text=True)
+    snapshot = publish(store, parent=None, parts=[data.part], image_size=16)
+    reader = SnapshotReader(store, snapshot, tmp_path / "cache", held_out=0.125)
+    both = [(side, np.arange(side.count((2, 3)))) for side in (reader, reader.held_out_side())]
+    batches = [side.gather((2, 3), ordinals) for side, ordinals in both]
+    rows = {data.ids[row]: row for row in data.valid}
+    assert sorted(id for batch in batches for id in batch.ids) == sorted(rows)
+    for batch in batches:
+        assert np.array_equal(batch.mean, data.mean[[rows[id] for id in batch.ids]])
