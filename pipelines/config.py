@@ -179,7 +179,29 @@ class RefreshConfig(Config):
         "null: the trainer computes them.",
     )
     text_length: int = Field(16, title="Text length", description="Tokens of stored text states.", ge=1, le=512)
+    aspect_ratios: tuple[str, ...] = Field(
+        ("1:1", "3:2", "2:3", "4:3", "3:4", "16:9", "9:16", "21:9", "9:21"),
+        title="Aspect ratios",
+        description="Shapes, width:height; each picture takes the nearest one.",
+        min_length=1,
+    )
+    patch: int = Field(
+        1, title="Patch size", description="Latent sides are multiples of it: the patch size of the flow.", ge=1
+    )
     actors: int = Field(2, title="Encode actors", description="Ray actors that encode.", ge=1, le=4096)
+    cpus_per_actor: int = Field(1, title="CPUs per actor", description="CPU cores that Ray reserves for each.", ge=1)
+    gpus_per_actor: float = Field(
+        0, title="GPUs per actor", description="Share of a GPU that Ray reserves for each.", ge=0
+    )
+    vae_batch: int = Field(
+        0,
+        title="VAE batch",
+        description="Pictures a VAE encodes at once; 0: 16 on CPU, what fits on GPU.",
+        ge=0,
+    )
+    ray_address: str | None = Field(
+        None, title="Ray address", description="Cluster to encode on: auto finds the running one; null starts one here."
+    )
     ledger_partitions: int = Field(
         16,
         title="Ledger partitions",

@@ -231,8 +231,20 @@ def encode(state: RefreshState) -> Counts:
     from pipelines.encode import EncodeConfig
     from pipelines.encode import encode as encode_tables
 
-    names = set(EncodeConfig.model_fields) & set(RefreshConfig.model_fields)
-    config = EncodeConfig(**{name: getattr(state.config, name) for name in names})
+    names = (
+        "image_size",
+        "aspect_ratios",
+        "patch",
+        "vae",
+        "text_encoder",
+        "text_length",
+        "actors",
+        "cpus_per_actor",
+        "gpus_per_actor",
+        "vae_batch",
+    )
+    settings = {name: getattr(state.config, name) for name in names}
+    config = EncodeConfig(**settings, address=state.config.ray_address)
     state.encoded = encode_tables(
         state.store,
         tables,

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from pipelines.encode_plan import EncodeConfig
 from pipelines.ledger import Ledger
 from pipelines.refresh import RefreshResult
 from starflow.errors import AlreadyExistsError, ConfigError, StarflowError
@@ -18,7 +19,7 @@ from starflow.manifest import ObjectRef
 from starflow.objectstore import LocalStore, open_store
 from starflow.snapshots import list_snapshots, load_snapshot, newest_snapshot, publish
 from starflow.takedowns import Takedowns
-from tests.pipelines.fake_crawl import Answer, Bench, png, url
+from tests.pipelines.fake_crawl import Answer, Bench, fake_encode, png, url
 
 #: Two batches, each kind of outcome once.
 MIXED: dict[str, Answer | list[Answer]] = {
@@ -329,3 +330,18 @@ def test_two_refreshes_at_once_publish_once(bench: Bench) -> None:
     bench.refresh(listed)
     with pytest.raises(AlreadyExistsError, match="run the same command again"):
         ledger.commit("another", {}, ())
+
+
+def test_encode_settings_are_passed_on_by_name(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[EncodeConfig] = []
+
+    def encode(store: Any, tables: Any, config: EncodeConfig, work: str, on_progress: Any) -> Any:
+        seen.append(config)
+        return fake_encode(store, tables, config, work, on_progress)
+
+    monkeypatch.setattr("pipelines.encode.encode", encode)
+    settings = {"image_size": 48, "patch": 2, "actors": 3, "gpus_per_actor": 0.5, "text_length": 9, "vae": "x"}
+    bench.refresh(bench.write_list({url(0): png(0)}), **settings, ray_address="auto", vae_batch=7)
+    assert seen[0].model_dump(include=set(settings)) == settings
+    assert (seen[0].address, seen[0].vae_batch, seen[0].text_encoder) == ("auto", 7, "minilm")
+    assert seen[0].aspect_ratios == EncodeConfig().aspect_ratios
