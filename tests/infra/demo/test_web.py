@@ -1,7 +1,5 @@
 import io
 import socket
-import subprocess
-import sys
 import urllib.error
 import urllib.request
 from collections import Counter
@@ -117,16 +115,19 @@ def test_unknown_paths_and_methods_are_refused(web):
         urllib.request.urlopen(urllib.request.Request(web.address, method="POST", data=b""), timeout=5)
 
 
-def test_a_taken_port_ends_in_one_sentence(tmp_path):
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        command = [sys.executable, "-m", "infra.demo.web", "--root", str(tmp_path), "--limit", "1"]
-        command += ["--port", str(port), "--ready-file", str(tmp_path / "ready.json")]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert result.returncode == 1
-    assert result.stderr.startswith(f"error: the demo's web server on 127.0.0.1:{port}")
-    assert result.stderr.count("\n") == 1
-    assert not (tmp_path / "ready.json").exists()
+def test_it_listens_where_it_did_the_last_time_unless_the_port_is_taken(tmp_path):
+    addresses = []
+    for _ in range(2):
+        server = start_web(tmp_path, limit=1)
+        addresses.append(server.address)
+        server.stop()
+    assert addresses[0] == addresses[1]
+    port = int(addresses[0].rpartition(":")[2])
+    with socket.create_server(("127.0.0.1", port)):
+        server = start_web(tmp_path, limit=1)
+        addresses.append(server.address)
+        server.stop()
+    assert addresses[2] != addresses[0]
 
 
 def test_a_server_that_dies_is_reported(tmp_path):
