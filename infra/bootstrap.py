@@ -21,6 +21,17 @@ from starflow.errors import NotFoundError, StarflowError
 #: Flow runs that the work pool runs side by side, unless set otherwise in the UI.
 RUNS_AT_ONCE = 2
 ROOT = Path(__file__).resolve().parents[1]
+#: Files of the checkout that decide what is registered.
+DEFINITIONS = (
+    "prefect.yaml",
+    "infra/automations.yaml",
+    "infra/flows.py",
+    "pipelines/flows.py",
+    "pipelines/config.py",
+    "training/config.py",
+    "training/recipes.py",
+    "starflow/forms.py",
+)
 #: Prefect variable that holds the digest of what was registered last.
 DIGEST_VARIABLE = "starflow_registered"
 
@@ -45,11 +56,10 @@ def bootstrap(api_url: str, store: str, *, force: bool = False) -> dict[str, Any
 
 
 def definition_digest(store: str) -> str:
-    """Hash of everything that decides what is registered: this project's code and `store`."""
+    """Hash of what decides the deployments and their forms: `DEFINITIONS`, this interpreter and `store`."""
     digest = hashlib.sha256(f"{store} {sys.executable}".encode())
-    sources = [path for package in ("infra", "pipelines", "training") for path in (ROOT / package).rglob("*.py")]
-    for path in [ROOT / "prefect.yaml", ROOT / "infra" / "automations.yaml", *sorted(sources)]:
-        digest.update(path.read_bytes())
+    for name in DEFINITIONS:
+        digest.update((ROOT / name).read_bytes())
     return digest.hexdigest()[:32]
 
 

@@ -103,9 +103,10 @@ class SeaweedFS(Service):
     def prepare(self) -> None:
         self.credentials()
         (self.folder / "s3").mkdir(exist_ok=True)
+        scratch(self.folder).mkdir(mode=0o700, exist_ok=True)
 
     def command(self) -> list[str]:
-        data, port = self.folder / "s3", self.ports
+        data, sockets, port = self.folder / "s3", scratch(self.folder), self.ports
         flags: dict[str, object] = {
             "dir": data,
             "ip": HOST,
@@ -125,13 +126,13 @@ class SeaweedFS(Service):
             "filer.port.grpc": port["filer-grpc"],
             # The filer's own HTTP port would serve every object without credentials.
             "filer.disableHttp": "true",
-            "filer.localSocket": data / "filer.sock",
+            "filer.localSocket": sockets / "filer.sock",
             "s3.port": port["s3"],
             "s3.port.grpc": port["s3-grpc"],
             "s3.port.iceberg": 0,
             "s3.port.lance": 0,
             "s3.config": self.credentials_file,
-            "s3.localSocket": data / "s3.sock",
+            "s3.localSocket": sockets / "s3.sock",
         }
         arguments = [f"-{name}={value}" for name, value in flags.items()]
         return [program("weed", self.package), "server", "-filer", "-s3", *arguments]

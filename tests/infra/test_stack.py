@@ -164,6 +164,16 @@ def test_service_that_dies_at_start_shows_its_last_words(tmp_path: Path, monkeyp
     assert processes.marked(tmp_path) == []
 
 
+def test_sockets_have_short_paths_in_deep_folders(tmp_path: Path) -> None:
+    """The kernel refuses longer ones than 107 bytes."""
+    deep = tmp_path / ("deep" * 40)
+    ports = dict.fromkeys(SeaweedFS.port_names, 1)
+    sockets = [part.partition("=")[2] for part in SeaweedFS(deep, ports).command() if "localSocket" in part]
+    sockets.append(str(Postgres(deep, {}).sockets / ".s.PGSQL.5432"))
+    assert len(sockets) == 3
+    assert max(map(len, sockets)) <= 107
+
+
 def test_secrets_are_private(stack: LocalStack) -> None:
     for name in ("stack.json", "s3.json"):
         assert (stack.folder / name).stat().st_mode & 0o077 == 0

@@ -21,7 +21,7 @@ FORM = Path(__file__).with_name("train_form.json")
 
 
 def test_form_has_not_changed_unnoticed() -> None:
-    """After a wanted change: `python tests/infra/test_flows.py` rewrites the snapshot."""
+    """After a wanted change: `python tests/infra/test_train_flow.py` rewrites the snapshot."""
     assert parameter_schema(train).model_dump_for_openapi() == json.loads(FORM.read_text())
 
 
