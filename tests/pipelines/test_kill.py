@@ -25,7 +25,7 @@ from starflow.objectstore import open_store
 from starflow.snapshots import load_snapshot
 from tests.pipelines.fake_crawl import png
 
-PICTURES, KILLS = 40, 2
+PICTURES, KILLS = 40, 4
 
 
 class Web:
