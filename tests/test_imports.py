@@ -30,7 +30,7 @@ OWNERS = {
     "zarr": {"starflow/latents.py"},
     "boto3": {"starflow/s3store.py"},
     "deepspeed": {"training/engine.py"},
-    "diffusers": {"starflow/encoders.py", "training/vae.py"},
+    "diffusers": {"starflow/encoders.py"},
     "transformers": {"starflow/encoders.py", "pipelines/captioners.py"},
 }
 

@@ -23,17 +23,17 @@ _RELEASED: dict[str, Any] = {
 
 RECIPES: dict[str, dict[str, Any]] = {
     "tiny": {"global_batch_size": 8, "steps": 20, "learning_rate": 1e-3, "latent_noise": 0.1, "ema_decay": 0.9},
-    # Minutes on a CPU; the noise is a fifth of the latents' standard deviation.
+    # Minutes on a CPU; the noise is a fifth of the latents' standard deviation. See docs/emoji-preset.md.
     "emoji": {
-        "global_batch_size": 64,
-        "steps": 400,
-        "learning_rate": 1e-3,
+        "global_batch_size": 32,
+        "steps": 800,
+        "learning_rate": 1.5e-3,
         "final_learning_rate": 1e-5,
         "warmup_steps": 20,
         "latent_noise": 0.2,
         "ema_decay": 0.98,
-        "checkpoint_every": 50,
-        "validation_every": 50,
+        "checkpoint_every": 100,
+        "validation_every": 100,
         "validation_samples": 64,
         "held_out": 0.03,
         "text_encoder": "minilm",

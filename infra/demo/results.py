@@ -118,11 +118,13 @@ class Results:
         return [rows[i] for i in np.linspace(0, len(rows) - 1, min(PROMPTS, len(rows))).astype(int)]
 
     def _nearest(self, latents: Tensor) -> Tensor:
-        """(B, C, h, w) the training latent at the smallest Euclidean distance from each."""
+        """(B, C, h, w) the training latent with the highest correlation to each: distances would favour faint ones."""
         ordinals = np.arange(self.training.count(self.grid))
         means = torch.from_numpy(self.training.gather(self.grid, ordinals).mean).float()
-        distances = torch.cdist(latents.flatten(1), means.flatten(1))
-        return means[distances.argmin(1)]
+        samples, others = (
+            torch.nn.functional.normalize(x.flatten(1) - means.flatten(1).mean(0), dim=1) for x in (latents, means)
+        )
+        return means[(samples @ others.T).argmax(1)]
 
     def _texts(self, captions: Sequence[str]) -> Tensor:
         """(N, L, E)"""
