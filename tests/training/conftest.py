@@ -7,9 +7,9 @@ import socket
 import numpy as np
 import pytest
 import torch
-from small_snapshot import TEXT, TEXT_SHAPE, publish_samples
 
 from starflow.objectstore import open_store
+from tests.training.small_snapshot import TEXT, TEXT_SHAPE, publish_samples
 from training.config import TrainConfig
 
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load
-from small_snapshot import TEXT, VAE
 
 from starflow import manifest
 from starflow.checkpoints import Progress, TrainedInfo, load_manifest, read_weights
 from starflow.errors import ConfigError, CorruptError
 from starflow.model import STARFlow
+from tests.training.small_snapshot import TEXT, VAE
 from training.checkpoint import Saver, Snapshot
 from training.ema import EMA
 from training.engine import Engine

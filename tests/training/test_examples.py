@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
 import torch
-from small_snapshot import TEXT
 
 from starflow.reader import SnapshotReader
 from starflow.snapshots import load_snapshot
+from tests.training.small_snapshot import TEXT
 from training.conditions import Labels, make_conditioner
 from training.examples import ExampleMaker, prefetch
 from training.worker import architecture

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from small_snapshot import TEXT, VAE
 
 from starflow.checkpoints import TrainedInfo
 from starflow.reader import SnapshotReader
 from starflow.snapshots import load_snapshot
+from tests.training.small_snapshot import TEXT, VAE
 from training.conditions import make_conditioner
 from training.engine import StepResult
 from training.examples import ExampleMaker

@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
-from small_snapshot import TEXT, VAE
 
 from starflow.checkpoints import Progress, TrainedInfo
 from starflow.model import STARFlow
 from starflow.objectstore import open_store
+from tests.training.small_snapshot import TEXT, VAE
 from training.checkpoint import Saver
 from training.ema import EMA
 from training.engine import Engine
