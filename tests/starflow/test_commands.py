@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from flows import random_flow
 from PIL import Image
 from safetensors.torch import save_file
 
 from starflow.checkpoints import TrainedInfo
 from starflow.encoders import load_vae
 from starflow.model import FlowConfig
+from tests.starflow.flows import random_flow
 
 VECTORS = Path(__file__).parent.parent / "vectors"
 EMOJI = FlowConfig(64, (1, 1), patch=2, grid=(16, 16), text_length=16, text_width=384)

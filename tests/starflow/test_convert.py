@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from flows import LABELS, PLAIN, TEXT, random_flow
 from safetensors.torch import load_file, save_file
 
 from starflow.convert import (
@@ -22,6 +21,7 @@ from starflow.convert import (
     write_safetensors,
 )
 from starflow.model import FlowConfig
+from tests.starflow.flows import LABELS, PLAIN, TEXT, random_flow
 
 VECTORS = Path(__file__).parent.parent / "vectors"
 NAMES = ["tiny_square", "tiny_wide"]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from flows import PLAIN, TEXT, inputs
 from torch.utils.flop_counter import FlopCounterMode
 
 from starflow import flops
 from starflow.convert import our_shapes
 from starflow.model import STARFlow
 from starflow.presets import PRESETS
+from tests.starflow.flows import PLAIN, TEXT, inputs
 
 
 @pytest.mark.parametrize("name", list(PRESETS))

@@ -7,12 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from flows import LABELS, TEXT, random_flow
 from PIL import Image
 
 from starflow.errors import ConfigError
 from starflow.generate import Generator, heat_map
 from starflow.model import FlowConfig
+from tests.starflow.flows import LABELS, TEXT, random_flow
 
 
 class Halves:

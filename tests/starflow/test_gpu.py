@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from flows import TEXT, inputs, random_flow
 
 from starflow.model import STARFlow
 from starflow.presets import PRESETS
 from starflow.sampling import sample
+from tests.starflow.flows import TEXT, inputs, random_flow
 
 pytestmark = [
     pytest.mark.gpu,

@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from flows import LABELS, TEXT, inputs, random_flow
 
 from starflow.decoding import Jacobi
 from starflow.likelihood import Typicality, decode, encode, explained, inpaint, interpolate, score, slerp
 from starflow.model import STARFlow
+from tests.starflow.flows import LABELS, TEXT, inputs, random_flow
 
 
 def test_score_of_the_identity_flow_is_the_normal_density() -> None:

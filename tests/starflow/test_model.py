@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from flows import LABELS, PLAIN, TEXT, inputs, random_flow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from starflow.model import FlowConfig, FlowOutput, STARFlow, in_order, rotary_angles, rotate
 from starflow.presets import ASPECT_RATIOS, PRESETS, aspect_grid, get_preset
+from tests.starflow.flows import LABELS, PLAIN, TEXT, inputs, random_flow
 
 CONFIGS = [TEXT, PLAIN, LABELS, replace(TEXT, patch=2)]
 

@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from flows import LABELS, PLAIN, TEXT, inputs, random_flow
 from torch import Tensor
 
 from starflow.decoding import BlockDecoder, Jacobi, StoppingRule, guide, invert
 from starflow.model import FlowConfig, STARFlow, in_order
 from starflow.sampling import denoise, draw_noise, sample
+from tests.starflow.flows import LABELS, PLAIN, TEXT, inputs, random_flow
 
 GUIDED = replace(TEXT, grid=(8, 8))
 

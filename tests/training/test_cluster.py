@@ -2,10 +2,10 @@ import os
 import signal
 
 import pytest
-from run_helpers import command, ranks_of, tensors, train, until
 
 from starflow.checkpoints import list_steps
 from starflow.errors import ConfigError
+from tests.training.run_helpers import command, ranks_of, tensors, train, until
 from training.cluster import Place, place_from_environment
 
 

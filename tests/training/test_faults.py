@@ -10,9 +10,9 @@ import time
 
 import psutil
 import pytest
-from run_helpers import command, kill_a_rank, lines, ranks_of, tensors, train, until
 
 from starflow.checkpoints import list_steps
+from tests.training.run_helpers import command, kill_a_rank, lines, ranks_of, tensors, train, until
 from training.launch import PREEMPTED_STATUS
 from training.run_commands import describe_run
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import psutil
-from run_helpers import command, kill_a_rank, lines, tensors, train
 
 from starflow.checkpoints import list_steps, load_checkpoint, load_manifest, verify
 from starflow.model import STARFlow
+from tests.training.run_helpers import command, kill_a_rank, lines, tensors, train
 from training.run_commands import describe_run
 
 
