@@ -26,13 +26,13 @@ RECIPES: dict[str, dict[str, Any]] = {
     # Minutes on a CPU; the noise is a fifth of the latents' standard deviation. See docs/emoji-preset.md.
     "emoji": {
         "global_batch_size": 32,
-        "steps": 800,
+        "steps": 1500,
         "learning_rate": 1.5e-3,
         "final_learning_rate": 1e-5,
         "warmup_steps": 20,
         "latent_noise": 0.2,
-        "ema_decay": 0.98,
-        "checkpoint_every": 100,
+        "ema_decay": 0.99,
+        "checkpoint_every": 150,
         "validation_every": 100,
         "validation_samples": 64,
         "held_out": 0.03,
