@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from starflow.model import Block, InverseOutput, KeyValues, STARFlow, at_least_float32, in_order
+from starflow.packed import pack
 
 #: Called with the tokens finished so far, over all blocks.
 Progress = Callable[[int], None]
@@ -48,6 +49,7 @@ class BlockDecoder:
         self, block: Block, tokens: int, rotary: Tensor, text: Tensor | None, batch: int, guidance: float
     ) -> None:
         self.block, self.guidance = block, guidance
+        self.layers = [pack(layer) for layer in block.layers]
         self.rows = batch if guidance == 0 else 2 * batch
         self.prefix_length = rotary.shape[1] - tokens if block.sees_text else 0
         self.rotary = rotary[:, rotary.shape[1] - tokens - self.prefix_length :]
@@ -60,7 +62,7 @@ class BlockDecoder:
     def _caches(self, rows: int, length: int) -> list[KeyValues]:
         weight, head_dim = self.block.embed.weight, 2 * self.rotary.shape[-1]
         heads = len(weight) // head_dim
-        return [KeyValues(rows, length, heads, head_dim, like=weight) for _ in self.block.layers]
+        return [KeyValues(rows, length, heads, head_dim, like=weight) for _ in self.layers]
 
     def _prefill(self, text: Tensor) -> None:
         """Runs the prefix once per distinct caption (all null captions are one) and copies it to its rows."""
@@ -68,7 +70,7 @@ class BlockDecoder:
         h = self.block.prefix(distinct)
         assert h is not None
         prefills = self._caches(len(distinct), self.prefix_length)
-        for layer, prefill, cache in zip(self.block.layers, prefills, self.caches, strict=True):
+        for layer, prefill, cache in zip(self.layers, prefills, self.caches, strict=True):
             prefill.mask = self.masks.new_full((self.prefix_length,) * 2, -torch.inf).triu_(1)
             h = layer(h, self.rotary[:, : self.prefix_length], prefill)
             cache.keys[:, : self.prefix_length] = prefill.keys[row]
@@ -86,7 +88,7 @@ class BlockDecoder:
             h = torch.cat([h, h])
         rotary = self.rotary[:, first : first + count]
         mask = None if count == 1 else self.masks[start : start + count, : first + count]
-        for layer, cache in zip(self.block.layers, self.caches, strict=True):
+        for layer, cache in zip(self.layers, self.caches, strict=True):
             cache.start, cache.mask = first, mask
             h = layer(h, rotary, cache)
         sigma, mean = self.block.head(h)

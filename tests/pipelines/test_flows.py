@@ -88,7 +88,8 @@ def test_refresh_through_server_and_worker(stack: LocalStack, web: Path) -> None
     assert "| samples | 0 | 8 | +8 |" in artifacts["refresh-difference"]["data"]
     assert {"refresh-progress", "refresh-batches", "refresh-answer"} <= set(artifacts)
 
-    wanted = {"filter": {"event": {"name": ["starflow.snapshot.published"]}}}
+    resource = {"id": [f"starflow.store.{store}"]}
+    wanted = {"filter": {"event": {"name": ["starflow.snapshot.published"]}, "resource": resource}}
     assert wait_until(lambda: api.post("/events/filter", wanted)["events"] != [], seconds=20)
     event = api.post("/events/filter", wanted)["events"][0]
     assert event["payload"] == {"snapshot": answer["snapshot"], "store": store, "total": 8}

@@ -12,7 +12,7 @@ def test_recipe_fills_in_and_the_file_wins(tmp_path):
     assert (config.steps, config.learning_rate, config.global_batch_size, config.text_encoder) == (
         10,
         0.5,
-        64,
+        32,
         "minilm",
     )
 
@@ -21,7 +21,7 @@ def test_recipe_fills_in_and_the_file_wins(tmp_path):
     ("overrides", "message"),
     [
         (["ranks=3"], "does not divide over ranks 3"),
-        (["micro_batch_size=5"], "does not divide 64"),
+        (["micro_batch_size=5"], "does not divide 32"),
         (["stepz=3"], "did you mean steps"),
         (["run=../x"], "run"),
         (["offload=nvme"], "nvme_path"),
@@ -35,4 +35,4 @@ def test_what_cannot_work_is_refused_by_name(overrides, message):
 
 def test_accumulation_follows_from_one_batch_size():
     config = load_config(TrainConfig, None, ["store=s", "run=a", "ranks=2", "micro_batch_size=8"])
-    assert (config.per_rank, config.micro, config.accumulation) == (32, 8, 4)
+    assert (config.per_rank, config.micro, config.accumulation) == (16, 8, 2)
