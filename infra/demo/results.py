@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -32,11 +31,11 @@ SEED = 0
 
 @dataclass(frozen=True)
 class Pairs:
-    """Held-out samples: posterior means (N, C, h, w) and captions."""
+    """Held-out samples: posterior means and standard deviations (N, C, h, w), and captions."""
 
     means: Tensor
+    stds: Tensor
     captions: list[str]
-    ordinals: NDArray[np.int64]
 
 
 class Results:
@@ -59,15 +58,16 @@ class Results:
         reader = self.training.held_out_side()
         ordinals = np.arange(reader.count(self.grid))
         batch = reader.gather(self.grid, ordinals)
-        return Pairs(torch.from_numpy(batch.mean.astype(np.float32)), batch.captions, ordinals)
+        means, stds = (torch.from_numpy(values.astype(np.float32)) for values in (batch.mean, batch.std))
+        return Pairs(means, stds, batch.captions)
 
     def score(self) -> Scores:
-        """Likelihoods of the held-out latents, with the training noise, under right, wrong and no captions."""
+        """Likelihoods of held-out latents, drawn as training draws them, under right, wrong and no captions."""
         pairs = self.held_out
         count = len(pairs.captions)
         generator = torch.Generator().manual_seed(SEED)
-        noise = torch.randn(pairs.means.shape, generator=generator)
-        latents = pairs.means + self.info.latent_noise * noise
+        posterior, noise = (torch.randn(pairs.means.shape, generator=generator) for _ in range(2))
+        latents = pairs.means + pairs.stds * posterior + self.info.latent_noise * noise
         texts = self._texts(pairs.captions)
         self.update(completed=0, total=SHUFFLES + 2, text="scoring")
         own = self._bits(latents, texts)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -204,10 +205,13 @@ class Demo:
         )
 
     def _next_commands(self, run: str) -> list[tuple[str, str]]:
+        beside = Path(sys.executable).with_name("starflow")
+        starflow = "starflow" if shutil.which("starflow") else os.path.relpath(beside)
+        config = os.path.relpath(self.output / "train.yaml")
         return [
-            ('eval "$(starflow up)"', "start the stack again, point this shell at it, and open the Prefect UI"),
-            (f'starflow sample "a red heart" --checkpoint {self.state.store}/{run}', "draw a picture"),
-            (f"starflow train --config {self.output / 'train.yaml'} run=longer steps=2000", "train longer"),
+            (f'eval "$({starflow} up)"', "start the stack again and point this shell at it"),
+            (f'{starflow} sample "a red heart" --checkpoint {self.state.store}/{run}', "draw a picture"),
+            (f"{starflow} train --config {config} run=longer steps=5000", "train longer"),
         ]
 
     def _farewell(self) -> None:
