@@ -60,7 +60,7 @@ class BlockDecoder:
             self._prefill(text)
 
     def _caches(self, rows: int, length: int) -> list[KeyValues]:
-        weight, head_dim = self.block.embed.weight, 2 * self.rotary.shape[-1]
+        weight, head_dim = self.block.embed.weight, self.rotary.shape[-1]
         heads = len(weight) // head_dim
         return [KeyValues(rows, length, heads, head_dim, like=weight) for _ in self.layers]
 

@@ -100,14 +100,19 @@ def rotary_angles(grid: tuple[int, int], nominal: float, text_length: int, head_
 
 
 def rotate(x: Tensor, rotary: Tensor) -> Tensor:
-    """Rotates channel pairs (j, j + d/2) of `x` (B, S, heads, d) by `rotary` (2, S, 1, d/2), cosine and sine.
+    """Rotates channel pairs (j, j + d/2) of `x` (B, S, heads, d) by a `rotary_table` (2, S, 1, d).
 
     The released layout pairs neighbours (2j, 2j + 1). Which channels form a pair does not change a dot product
     between rows that agree on it, and halves are contiguous, so `convert` reorders the rows of q and k.
     """
     cos, sin = rotary
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
+
+
+def rotary_table(angles: Tensor) -> Tensor:
+    """(S, d/2) angles -> (2, S, 1, d): cosines, and sines that carry the sign of the other half's share."""
+    cos, sin = angles.cos(), angles.sin()
+    return torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)]).unsqueeze(2)
 
 
 class KeyValues:
@@ -353,15 +358,14 @@ class STARFlow(nn.Module):
         return u.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3).contiguous()
 
     def rotary(self, grid: tuple[int, int], device: torch.device, dtype: torch.dtype) -> Tensor:
-        """(2, L + T, 1, d/2) cosine and sine, computed once per grid."""
+        """(2, L + T, 1, d) rotary table, computed once per grid."""
         key = (grid, device, dtype)
         if key not in self._rotary:
             config = self.config
             nominal = math.sqrt(math.prod(config.tokens(*config.grid)))
             with torch.inference_mode(False):  # a table made while sampling may serve a training step later
                 angles = rotary_angles(grid, nominal, config.prefix_length, config.head_dim)
-                table = torch.stack([angles.cos(), angles.sin()]).unsqueeze(2)
-                self._rotary[key] = table.to(device=device, dtype=dtype)
+                self._rotary[key] = rotary_table(angles).to(device=device, dtype=dtype)
         return self._rotary[key]
 
     def compile_layers(self, **options: Any) -> None:

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from starflow.model import FlowConfig, FlowOutput, STARFlow, in_order, rotary_angles, rotate
+from starflow.model import FlowConfig, FlowOutput, STARFlow, in_order, rotary_angles, rotary_table, rotate
 from starflow.presets import ASPECT_RATIOS, PRESETS, aspect_grid, get_preset
 from tests.starflow.flows import LABELS, PLAIN, TEXT, inputs, random_flow
 
@@ -196,8 +196,7 @@ def test_patches_run_row_major_with_channels_fastest() -> None:
 
 def test_rotary_dot_products_depend_on_distance_alone() -> None:
     """In one row of cells, q at column a and k at column b meet with an angle that depends on a - b."""
-    angles = rotary_angles((1, 8), 8.0, 0, 64)
-    table = torch.stack([angles.cos(), angles.sin()]).unsqueeze(2)
+    table = rotary_table(rotary_angles((1, 8), 8.0, 0, 64))
     q, k = torch.randn(64, dtype=torch.float64), torch.randn(64, dtype=torch.float64)
     rows = [rotate(v.expand(1, 8, 1, 64), table)[0, :, 0] for v in (q, k)]
     products = rows[0] @ rows[1].T

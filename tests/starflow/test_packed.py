@@ -16,12 +16,15 @@ def test_packed_equals_plain(rows: tuple[int, ...]) -> None:
     x = torch.randn(*rows, 24)
     with torch.inference_mode():
         torch.testing.assert_close(PackedLinear(linear)(x), linear(x), rtol=1e-5, atol=1e-6)
+        expected = torch.nn.functional.gelu(linear(x))
+        torch.testing.assert_close(PackedLinear(linear, "gelu")(x), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_the_layer_itself_is_not_changed() -> None:
     layer = Layer(64, 64)
     names = [name for name, _ in layer.named_parameters()]
     packed = pack(layer)
+    assert isinstance(packed, Layer)
     assert isinstance(packed.mlp.up, PackedLinear)
     assert isinstance(layer.mlp.up, torch.nn.Linear)
     assert [name for name, _ in layer.named_parameters()] == names
