@@ -47,4 +47,5 @@ gpu:  ## run every GPU test and benchmark with the CUDA build of torch that $(GP
 	@PYTHONPATH=. $(GPU_PYTHON) benchmarks/sampling.py --device cuda
 
 clean:  ## remove the virtual environment and everything generated
+	@[ ! -x $(BIN)/starflow ] || $(BIN)/starflow down
 	rm -rf $(VENV) .starflow demo-output build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -19,7 +19,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 
 def up(
     state_dir: StateDir = None,
-    ui_port: Annotated[int | None, typer.Option(help="Port of the Prefect UI; a free one otherwise.")] = None,
+    ui_port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Port of the Prefect UI; a free one otherwise.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Start the local stack and leave it running: S3, Prefect server and worker. Repeating it repairs it."""

@@ -13,11 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-import psutil
 from pydantic import Field
 
 from starflow.config import Config
-from starflow.errors import StarflowError
+from starflow.errors import REINSTALL, StarflowError
 
 #: What the demo needs at its peak, in bytes.
 DEMO_MEMORY, DEMO_DISK = 8 * 2**30, 4 * 2**30
@@ -71,7 +70,6 @@ def _packages() -> Iterator[Finding]:
     """Every dependency the distribution declares: missing ones, and versions outside the declared range."""
     from packaging.requirements import Requirement
 
-    demo_remedy = "pip install -c constraints.txt -e '.[demo]'"
     for text in importlib.metadata.requires("starflow") or []:
         requirement = Requirement(text)
         extra = next(iter(re.findall(r"extra == [\"'](\w+)[\"']", str(requirement.marker or ""))), "")
@@ -85,7 +83,7 @@ def _packages() -> Iterator[Finding]:
                 # The demo's servers and pictures are not needed where production ones exist.
                 state="advice" if extra else "missing",
                 value="not installed",
-                remedy=f"{demo_remedy}{' (for the demo and `starflow up`)' if extra else ''}",
+                remedy=f"{REINSTALL}{' (for the demo and `starflow up`)' if extra else ''}",
             )
             continue
         if requirement.specifier.contains(version, prereleases=True):
@@ -95,20 +93,23 @@ def _packages() -> Iterator[Finding]:
                 name=requirement.name,
                 state="missing",
                 value=f"{version}, needed {requirement.specifier}",
-                remedy=demo_remedy,
+                remedy=REINSTALL,
             )
 
 
 def _hardware() -> Iterator[Finding]:
     cores = len(os.sched_getaffinity(0))
     yield Finding(name="cores", state="ok", value=str(cores))
-    memory = psutil.virtual_memory().available
-    yield Finding(
-        name="memory",
-        state="ok" if memory >= DEMO_MEMORY else "advice",
-        value=f"{memory / 2**30:.1f} GiB available",
-        remedy="" if memory >= DEMO_MEMORY else "the demo uses up to 8 GiB; close other programs",
-    )
+    if importlib.util.find_spec("psutil"):  # its absence is among the packages' findings
+        import psutil
+
+        memory = psutil.virtual_memory().available
+        yield Finding(
+            name="memory",
+            state="ok" if memory >= DEMO_MEMORY else "advice",
+            value=f"{memory / 2**30:.1f} GiB available",
+            remedy="" if memory >= DEMO_MEMORY else "the demo uses up to 8 GiB; close other programs",
+        )
     free = shutil.disk_usage(Path.cwd()).free
     yield Finding(
         name="disk",
@@ -122,8 +123,10 @@ def _hardware() -> Iterator[Finding]:
 def _gpu() -> Finding:
     if importlib.util.find_spec("torch") is None:
         return Finding(name="gpu", state="advice", value="unknown: torch is not installed")
-    import torch
-
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        return Finding(name="gpu", state="missing", value=f"torch cannot be imported: {error}", remedy=REINSTALL)
     if torch.cuda.is_available():
         names = {torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
         return Finding(name="gpu", state="ok", value=f"{torch.cuda.device_count()} x {', '.join(sorted(names))}")

@@ -20,7 +20,7 @@ import psutil
 from pydantic import Field
 
 from starflow.config import Config
-from starflow.errors import StarflowError
+from starflow.errors import REINSTALL, StarflowError
 
 #: Environment variable whose value (the stack's folder) marks a process as belonging to that stack.
 MARK = "STARFLOW_STACK_PROCESS"
@@ -75,9 +75,7 @@ def start(
                 extra_groups=None if user is None else [],
             )
         except OSError as error:
-            raise StarflowError(
-                f"cannot execute {command[0]}: {error.strerror}; install it again with `make demo`"
-            ) from error
+            raise StarflowError(f"cannot execute {command[0]}: {error.strerror}; {REINSTALL}") from error
     # Reaps the child when it ends while this process still lives; otherwise init does.
     threading.Thread(target=child.wait, daemon=True).start()
     with suppress(psutil.NoSuchProcess):

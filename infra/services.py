@@ -23,13 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from infra.processes import MARK
-from starflow.errors import ConfigError, StarflowError
+from starflow.errors import REINSTALL, ConfigError, StarflowError
 
 HOST = "127.0.0.1"
 BUCKET = "starflow"
 POOL = "starflow"
 #: How to complete a half-installed environment; ends every message about a missing package.
-REINSTALL = "install it with: pip install -c constraints.txt -e '.[demo]'"
 
 
 class Service(ABC):

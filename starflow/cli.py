@@ -6,6 +6,7 @@ This table is the only place where `starflow` names its sibling packages. Each e
 
 from __future__ import annotations
 
+import errno
 import importlib
 import sys
 from typing import Any, NoReturn
@@ -13,7 +14,10 @@ from typing import Any, NoReturn
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from starflow.errors import StarflowError
+from starflow.errors import REINSTALL, StarflowError
+
+#: Errors of the operating system that speak of a folder, not of a bug.
+STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR}
 
 #: sub-command: (module, attribute, one line of help); the order is the order of `starflow --help`.
 COMMANDS: dict[str, tuple[str, str, str]] = {
@@ -100,15 +104,22 @@ def main() -> NoReturn:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    except StarflowError as error:
-        if debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
     except Exception as error:
         if debug:
             raise
-        print(f"error: {type(error).__name__}: {error} (run with --debug for the traceback)", file=sys.stderr)
+        print(f"error: {_explain(error)}", file=sys.stderr)
     sys.exit(1)
+
+
+def _explain(error: Exception) -> str:
+    """One sentence for an error that ends a command."""
+    if isinstance(error, StarflowError):
+        return str(error)
+    if isinstance(error, ModuleNotFoundError):
+        return f"package {error.name} is missing; {REINSTALL}"
+    if isinstance(error, OSError) and error.errno in STORAGE_ERRORS:
+        return f"{error.strerror}: {error.filename or 'a file'}; free space, mend permissions or choose another folder"
+    return f"{type(error).__name__}: {' '.join(str(error).split())} (run with --debug for the traceback)"
 
 
 if __name__ == "__main__":

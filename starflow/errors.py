@@ -1,5 +1,8 @@
 """Errors meant for people: each message names the thing, its value and the remedy."""
 
+#: The remedy for a missing or half-installed package.
+REINSTALL = "install it with: pip install -c constraints.txt -e '.[demo]'"
+
 
 class StarflowError(Exception):
     """Base of every error that the command line prints as one sentence, without a traceback."""

@@ -13,7 +13,7 @@ from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
-from starflow.errors import StarflowError
+from starflow.errors import REINSTALL, StarflowError
 
 LICENCE = "CC BY-SA 4.0"
 #: To be shown wherever the pictures, or what was trained on them, appear (wording of the package).
@@ -132,4 +132,4 @@ def _drawings() -> Path:
 
 
 def _missing(package: str) -> StarflowError:
-    return StarflowError(f"the package {package} is not installed; run: pip install 'starflow[demo]'")
+    return StarflowError(f"the package {package} is not installed; {REINSTALL}")

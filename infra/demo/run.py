@@ -63,6 +63,7 @@ class Demo:
 
     def run(self) -> None:
         self.output.mkdir(parents=True, exist_ok=True)
+        mine = not self.stack.status()["running"]  # a stack that the user has started stays up
         try:
             with self._stage("Start S3, Prefect server and worker") as update:
                 self.state = self.stack.up(lambda message: update(text=message))
@@ -73,8 +74,9 @@ class Demo:
             run = self._train(refreshes[-1]["snapshot"])
             self._report(refreshes, run)
         finally:
-            with self._stage("Stop S3, Prefect server and worker") as update:
-                update(detail=f"{len(self.stack.down())} services stopped; data kept in {self.stack.folder}")
+            if mine:
+                with self._stage("Stop S3, Prefect server and worker") as update:
+                    update(detail=f"{len(self.stack.down())} services stopped; data kept in {self.stack.folder}")
         self._farewell()
 
     @contextmanager
