@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from pipelines.aspect import ASPECT_RATIOS, AspectRatio
 from pipelines.guard import FetchPolicy
 from pipelines.sources import Columns
 from starflow import __version__
@@ -179,8 +180,8 @@ class RefreshConfig(Config):
         "null: the trainer computes them.",
     )
     text_length: int = Field(16, title="Text length", description="Tokens of stored text states.", ge=1, le=512)
-    aspect_ratios: tuple[str, ...] = Field(
-        ("1:1", "3:2", "2:3", "4:3", "3:4", "16:9", "9:16", "21:9", "9:21"),
+    aspect_ratios: tuple[AspectRatio, ...] = Field(
+        ASPECT_RATIOS,
         title="Aspect ratios",
         description="Shapes, width:height; each picture takes the nearest one.",
         min_length=1,

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
 
+from pipelines.aspect import ASPECT_RATIOS, AspectRatio, parse_aspect_ratio
 from starflow import manifest
 from starflow.config import Config
 from starflow.encoders import TextIdentity, VAEIdentity
@@ -28,7 +29,6 @@ from starflow.objectstore import ObjectStore
 from starflow.parts import CHUNK_BYTES, SAMPLES, SHARD_BYTES, LayerPlan, PartPlan, plan_part
 from starflow.takedowns import Takedowns
 
-ASPECT_RATIOS = ("1:1", "3:2", "2:3", "4:3", "3:4", "16:9", "9:16", "21:9", "9:21")
 KIND, VERSION = "encode-plan", 1
 #: Parts end after so many full shards, which bounds what a reader loads of a part's captions at once.
 PART_SHARDS = 64
@@ -45,7 +45,7 @@ class EncodeConfig(Config):
     """How samples become latents, and on what."""
 
     image_size: int = Field(256, ge=8, description="Pictures of about image_size^2 pixels, whatever their shape.")
-    aspect_ratios: tuple[str, ...] = Field(
+    aspect_ratios: tuple[AspectRatio, ...] = Field(
         ASPECT_RATIOS, min_length=1, description="Shapes, width:height; each picture takes the nearest one."
     )
     patch: int = Field(1, ge=1, description="Latent sides are multiples of it: the patch size of the flow.")
@@ -94,10 +94,7 @@ def buckets(image_size: int, aspect_ratios: Sequence[str], unit: int) -> list[tu
     """
     sizes = []
     for text in aspect_ratios:
-        width, colon, height = text.partition(":")
-        if not colon or not width.isdigit() or not height.isdigit() or not int(width) * int(height):
-            raise ValueError(f"aspect ratio {text!r} is not WIDTH:HEIGHT, such as 3:2")
-        ratio = int(width) / int(height)
+        ratio = parse_aspect_ratio(text)
         sides = (image_size / math.sqrt(ratio), image_size * math.sqrt(ratio))
         sizes.append((max(round(sides[0] / unit), 1) * unit, max(round(sides[1] / unit), 1) * unit))
     return list(dict.fromkeys(sizes))

@@ -29,7 +29,7 @@ from pipelines.filters import apply_filters, build_filters
 from pipelines.plan import Batch, Plan, plan_list
 from pipelines.state import OnEvent, RefreshState
 from starflow.config import Config
-from starflow.errors import StarflowError
+from starflow.errors import ConfigError, StarflowError
 
 #: Answers with a longer Retry-After wait for the next refresh, in seconds.
 PATIENCE_SECONDS = 30.0
@@ -54,6 +54,7 @@ class RefreshResult(Config):
 def plan(state: RefreshState) -> Counts:
     """Finds the URLs of the list that are new or due, after ending a refresh that was killed at its very end."""
     finish_published(state)
+    _check_settings(state)
     plan = plan_list(
         state.config,
         state.ledger,
@@ -68,6 +69,29 @@ def plan(state: RefreshState) -> Counts:
         state.plans.append(plan)
     planned = sum(batch.count for batch in state.batches)
     return {"urls": planned, "batches": len(state.batches)}
+
+
+def _check_settings(state: RefreshState) -> None:
+    """Raises ConfigError when the parent's latents are of another size or VAE: a snapshot holds one kind only.
+
+    The VAE is compared by name, without loading it; publishing compares its weights.
+    """
+    parent, config = state.parent, state.config
+    if parent is None:
+        return
+    needed = [
+        f"{name}={there}"
+        for name, there, here in (
+            ("image_size", parent.image_size, config.image_size),
+            ("vae", parent.vae.name, config.vae),
+        )
+        if here != there
+    ]
+    if needed:
+        raise ConfigError(
+            f"the snapshots of {state.store.url} hold {parent.image_size} px latents of VAE {parent.vae.name}; "
+            f"set {' and '.join(needed)}, or use another store"
+        )
 
 
 def crawl(state: RefreshState) -> Counts:

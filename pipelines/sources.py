@@ -11,6 +11,7 @@ import glob
 import gzip
 import io
 import json
+import zlib
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -41,6 +42,10 @@ class Columns(Config):
     def required(self) -> list[str]:
         """Every column that must exist; the licence may be missing."""
         return [name for name in (self.url, self.caption, *self.extra) if name]
+
+    def wanted(self) -> list[str]:
+        """Every column to read, once."""
+        return list(dict.fromkeys((*self.required(), self.licence)))
 
 
 def list_files(location: str) -> list[str]:
@@ -96,7 +101,8 @@ def _format(name: str) -> str:
 def read_rows(file: str, columns: Columns, work: Path) -> Iterator[pa.Table]:
     """Streams one file as tables with the schema ROWS; `work` takes the copy of a file on S3.
 
-    Raises ConfigError naming the file and what is wrong: unreadable, or a column that it does not have.
+    Raises ConfigError naming the file and what is wrong: unreadable, a column that it does not have, or a CSV row
+    with more fields than the header.
     """
     path = _local_copy(file, work)
     kind = _format(path.name)
@@ -107,8 +113,12 @@ def read_rows(file: str, columns: Columns, work: Path) -> Iterator[pa.Table]:
             yield from _text(path)
         else:
             yield from _records(file, path, kind, columns)
-    except (pa.ArrowException, csv.Error, ValueError, EOFError, gzip.BadGzipFile) as error:
-        raise ConfigError(f"URL list {file} cannot be read as {kind}: {error}; is the file complete?") from error
+    except (pa.ArrowException, csv.Error, ValueError, EOFError, OSError, zlib.error) as error:
+        # pyarrow raises OSError for damaged pages, zlib an error of its own for damaged gzip.
+        why = " ".join(str(error).split())
+        raise ConfigError(
+            f"URL list {file} cannot be read as {kind}: {why}; is the file complete? write it anew, or leave it out"
+        ) from error
 
 
 def _local_copy(file: str, work: Path) -> Path:
@@ -131,12 +141,27 @@ def _records(file: str, path: Path, kind: str, columns: Columns) -> Iterator[pa.
     with _open_text(path) as text:
         records: Iterator[dict[str, Any]]
         if kind in ("csv", "tsv"):
-            records = csv.DictReader(text, delimiter="\t" if kind == "tsv" else ",", strict=True)
+            records = _csv_records(file, text, "\t" if kind == "tsv" else ",")
         else:
             records = (_json_object(line) for line in text if line.strip())
+        checked = False
         while chunk := list(islice(records, _BATCH_ROWS)):
-            wanted = _present(file, columns, list(chunk[0]))
-            yield _rows({name: [record.get(name) for record in chunk] for name in wanted}, columns)
+            if not checked:
+                # A record of JSON lines may lack what others have.
+                _present(file, columns, list(dict.fromkeys(name for record in chunk for name in record)))
+                checked = True
+            yield _rows({name: [record.get(name) for record in chunk] for name in columns.wanted()}, columns)
+
+
+def _csv_records(file: str, text: io.TextIOWrapper, delimiter: str) -> Iterator[dict[str, Any]]:
+    reader = csv.DictReader(text, delimiter=delimiter, strict=True)
+    for record in reader:
+        if None in record:  # which column the surplus belongs to cannot be known
+            raise ConfigError(
+                f"URL list {file} has more fields in line {reader.line_num} than in its header; "
+                f"quote text that contains {delimiter!r}"
+            )
+        yield record
 
 
 def _text(path: Path) -> Iterator[pa.Table]:
@@ -169,7 +194,7 @@ def _present(file: str, columns: Columns, present: list[str]) -> list[str]:
                 f"URL list {file} has no column {name!r}, it has {', '.join(present) or 'none'}; "
                 "set url_column, caption_column (null for none) or extra_columns"
             )
-    return list(dict.fromkeys(name for name in (*columns.required(), columns.licence) if name in present))
+    return [name for name in columns.wanted() if name in present]
 
 
 def _rows(chunk: dict[str, list[Any]], columns: Columns) -> pa.Table:

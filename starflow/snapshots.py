@@ -128,10 +128,10 @@ def publish(
     `parts` are all parts, the parent's included. Publishing what the parent already holds returns the parent;
     publishing the same content again returns what was published first. `takedowns` is inherited.
 
-    Raises StoreError for parts of different VAEs or without samples, and AlreadyExistsError when somebody
-    else has published on top of `parent` meanwhile.
+    Raises StoreError for parts without samples, of different VAEs or of another image size than the parent's, and
+    AlreadyExistsError when somebody else has published on top of `parent` meanwhile.
     """
-    _check_parts(parent, parts, bool(withdrawn))
+    _check_parts(parent, parts, image_size, bool(withdrawn))
     takedowns = takedowns or (parent.takedowns if parent else None)
     if parent is not None and list(parts) == list(parent.parts) and takedowns == parent.takedowns:
         return parent
@@ -168,9 +168,14 @@ def publish(
     return _snapshot(body, tuple(parts))
 
 
-def _check_parts(parent: Snapshot | None, parts: Sequence[Part], takedown: bool) -> None:
+def _check_parts(parent: Snapshot | None, parts: Sequence[Part], image_size: int, takedown: bool) -> None:
     if not sum(part.count for part in parts) and not takedown:
         raise StoreError("a snapshot without any sample cannot be published; see why the samples were dropped")
+    if parent is not None and image_size != parent.image_size:
+        raise StoreError(
+            f"the new parts hold {image_size} px latents, snapshot {parent.id} holds {parent.image_size} px latents; "
+            f"use image_size={parent.image_size}, or another store"
+        )
     expected = parent.vae if parent else parts[0].vae
     for part in parts:
         if part.vae != expected:

@@ -96,7 +96,7 @@ def fake_encode(store: ObjectStore, tables: Sequence[str], config: EncodeConfig,
         chunk=16,
         shard=16,
         arrays={"mean": ArraySpec(shape=(len(rows), 4, 4, 4), dtype="float16")},
-        vae=VAEIdentity(name="fake", sha256="0" * 64, scaling_factor=1.0, channels=4, downsampling=8),
+        vae=VAEIdentity(name=config.vae, sha256="0" * 64, scaling_factor=1.0, channels=4, downsampling=8),
         index=nothing,
         samples=nothing,
     )

@@ -168,6 +168,17 @@ def test_a_public_host_needs_a_contact(bench: Bench) -> None:
     assert bench.refresh(bench.write_list({url(0): png(0)}), contact="", allow_host=("pictures.example",)).added == 1
 
 
+def test_other_latents_than_the_parents_are_refused_before_any_request(bench: Bench) -> None:
+    bench.refresh(bench.write_list({url(0): png(0)}))
+    listed = bench.write_list({url(0): png(0), url(1): png(1)}, "longer")
+    with pytest.raises(ConfigError, match=r"hold 32 px latents of VAE emoji; set image_size=32, or"):
+        bench.refresh(listed, image_size=64)
+    with pytest.raises(ConfigError, match=r"set image_size=32 and vae=emoji, or use another store"):
+        bench.refresh(listed, image_size=64, vae="other")
+    assert bench.web.requests[url(1)] == 0
+    assert bench.refresh(listed).added == 1
+
+
 def test_an_empty_list_is_refused(bench: Bench) -> None:
     with pytest.raises(ConfigError, match="empty"):
         bench.refresh(bench.write_list({}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 from pathlib import Path
 
 import pyarrow as pa
@@ -88,6 +89,39 @@ def test_unreadable_lists_are_one_sentence(tmp_path: Path, name: str, content: b
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ConfigError, match=f"{name} cannot be read"):
         read(tmp_path / name)
+
+
+def test_damaged_pages_are_one_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "l.parquet"
+    pq.write_table(pa.table({"url": ["http://a.example"] * 1000, "caption": ["x"] * 1000}), path)
+    damaged = bytearray(path.read_bytes())
+    damaged[4:60] = b"\xff" * 56  # the footer is whole, the first page's header is not
+    path.write_bytes(damaged)
+    with pytest.raises(ConfigError, match=r"l\.parquet cannot be read as parquet: .*is the file complete"):
+        read(path)
+
+
+def test_damaged_gzip_is_one_sentence(tmp_path: Path) -> None:
+    damaged = bytearray(gzip.compress("".join(f"http://a.example/{i}\n" for i in range(1000)).encode()))
+    damaged[10:40] = b"\xff" * 30
+    (tmp_path / "l.csv.gz").write_bytes(damaged)
+    with pytest.raises(ConfigError, match=r"l\.csv\.gz cannot be read as csv: .*is the file complete"):
+        read(tmp_path / "l.csv.gz")
+
+
+def test_a_row_longer_than_its_header_is_named(tmp_path: Path) -> None:
+    (tmp_path / "l.csv").write_text("url,caption\nhttp://a.example,x\nhttp://b.example,not quoted, y\n")
+    with pytest.raises(ConfigError, match=r"l\.csv has more fields in line 3 than in its header; quote"):
+        read(tmp_path / "l.csv")
+
+
+def test_json_lines_may_lack_what_others_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipelines.sources._BATCH_ROWS", 2)
+    records = [{"url": "a"}, {"url": "b", "caption": "x"}, {"url": "c"}, {"url": "d", "licence": "CC0"}]
+    (tmp_path / "l.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    rows = read(tmp_path / "l.jsonl")
+    assert rows["caption"].to_pylist() == ["", "x", "", ""]
+    assert rows["licence"].to_pylist() == [None, None, None, "CC0"]
 
 
 def test_files_folders_and_globs(tmp_path: Path) -> None:

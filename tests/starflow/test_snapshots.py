@@ -96,6 +96,8 @@ def test_refusals_name_the_thing(store):
     other = VAE.model_copy(update={"name": "other", "sha256": "1" * 64})
     with pytest.raises(StoreError, match="VAE other"):
         publish(store, parent=first, parts=[*first.parts, make_part(store, "b", vae=other)], image_size=32)
+    with pytest.raises(StoreError, match=r"16 px latents.*image_size=32"):
+        publish(store, parent=first, parts=[*first.parts, make_part(store, "c")], image_size=16)
     for name in ("7", "00000001-ffffffffffffffff", "nonsense"):
         with pytest.raises(NotFoundError, match="number 1"):
             load_snapshot(store, name)
