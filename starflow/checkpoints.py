@@ -106,8 +106,9 @@ def checkpoint_key(run: str, step: int) -> str:
 
 
 def list_runs(store: ObjectStore) -> list[str]:
-    """Names of the runs that the store knows, sorted."""
-    return sorted({info.key.split("/")[1] for info in store.list("runs/") if info.key.count("/") > 1})
+    """Names of the runs that the store knows, those with a ``run.json``, sorted."""
+    paths = (info.key.split("/") for info in store.list("runs/"))
+    return sorted(path[1] for path in paths if len(path) == 3 and path[2] == "run.json")
 
 
 def list_steps(store: ObjectStore, run: str) -> list[int]:
@@ -119,12 +120,27 @@ def list_steps(store: ObjectStore, run: str) -> list[int]:
 def load_manifest(store: ObjectStore, run: str, step: int | Literal["newest"] = "newest") -> Checkpoint:
     """The manifest of a checkpoint. Raises NotFoundError naming what there is."""
     steps = list_steps(store, run)
-    wanted = steps[-1] if step == "newest" and steps else step
+    if not steps:
+        raise no_checkpoints(store, run)
+    wanted = steps[-1] if step == "newest" else step
     if wanted not in steps:
-        known = ", ".join(map(str, steps)) or "none"
+        known = ", ".join(map(str, steps))
         raise NotFoundError(f"checkpoint {step} of run {run!r} is not in {store.url}; committed steps: {known}")
     body = manifest.load(store, checkpoint_key(run, int(wanted)), KIND, VERSION)
     return Checkpoint.model_validate(body)
+
+
+def no_checkpoints(store: ObjectStore, run: str) -> NotFoundError:
+    """Why the run has none, and what to ask for instead."""
+    runs = list_runs(store)
+    if run in runs:
+        return NotFoundError(f"run {run!r} in {store.url} has no committed checkpoint yet; train it further")
+    if runs:
+        return NotFoundError(f"run {run!r} is not in {store.url}; choose one of its runs: {', '.join(runs)}")
+    return NotFoundError(
+        f"run {run!r} is not in {store.url}, which holds no runs; check the store (a checkpoint is written STORE/RUN "
+        "or STORE/RUN@STEP, for example s3://starflow/emoji@300)"
+    )
 
 
 def verify(store: ObjectStore, checkpoint: Checkpoint) -> int:

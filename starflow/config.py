@@ -82,5 +82,6 @@ def _explain(model: type[BaseModel], error: ValidationError) -> list[str]:
         elif item["type"] == "missing":
             lines.append(f"{name} is missing; set it in the file or as {name}=VALUE")
         else:
-            lines.append(f"{name or 'value'} = {item['input']!r}: {item['msg']}")
+            message = item["msg"].removeprefix("Value error, ")
+            lines.append(f"{name} = {item['input']!r}: {message}" if name else message)
     return lines

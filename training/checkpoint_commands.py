@@ -16,12 +16,15 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 @checkpoints.command("list")
 def list_(run: str, store: Store, as_json: AsJson = False) -> None:
     """Committed checkpoints of a run, oldest first."""
-    from starflow.checkpoints import list_steps, load_manifest
+    from starflow.checkpoints import list_runs, list_steps, load_manifest, no_checkpoints
     from starflow.console import print_json
     from starflow.objectstore import open_store
 
     opened = open_store(store)
-    rows = [_summary(load_manifest(opened, run, step)) for step in list_steps(opened, run)]
+    steps = list_steps(opened, run)
+    if not steps and run not in list_runs(opened):
+        raise no_checkpoints(opened, run)
+    rows = [_summary(load_manifest(opened, run, step)) for step in steps]
     if as_json:
         print_json(rows)
         return

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from starflow.config import Config
+from starflow.errors import ConfigError
 from training.recipes import RECIPES
 
 #: Run names become object keys, folder names and rendezvous ids.
@@ -98,7 +99,21 @@ class TrainConfig(Config):
     @classmethod
     def _fill_from_recipe(cls, data: Any) -> Any:
         preset = data.get("preset", cls.model_fields["preset"].default) if isinstance(data, dict) else None
-        return {**RECIPES.get(preset, {}), **data} if preset else data
+        if not isinstance(preset, str):
+            return data  # the field's own check names it
+        if preset not in RECIPES:
+            from starflow.presets import get_preset  # loads torch, which a form does not need
+
+            try:
+                get_preset(preset)
+            except ConfigError as error:
+                raise ValueError(str(error)) from error
+        return {**RECIPES.get(preset, {}), **data}
+
+    @field_validator("snapshot", mode="before")
+    @classmethod
+    def _number_as_text(cls, snapshot: Any) -> Any:
+        return str(snapshot) if type(snapshot) is int else snapshot
 
     @field_validator("store")
     @classmethod

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from starflow.config import Config
+from starflow.errors import StarflowError
 from training.config import TrainConfig
 
 Outcome = Literal["completed", "preempted", "failed"]
@@ -38,9 +39,16 @@ def read_attempt(path: Path) -> Attempt:
 
 
 def write_attempt(attempt: Attempt) -> Path:
-    attempt.folder.mkdir(parents=True, exist_ok=True)
+    """Makes the attempt's folder. Raises StarflowError when the disk does not take it."""
     path = attempt.folder / "attempt.json"
-    path.write_text(attempt.model_dump_json(indent=1), encoding="utf-8")
+    try:
+        attempt.folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(attempt.model_dump_json(indent=1), encoding="utf-8")
+    except OSError as error:
+        raise StarflowError(
+            f"cannot write to {attempt.folder}: {error.strerror or error}; free space there, or set cache= to "
+            "another folder"
+        ) from error
     return path
 
 

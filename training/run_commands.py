@@ -82,11 +82,11 @@ def describe_run(store: str, run: str, brief: bool = False) -> dict[str, Any]:
     from starflow.errors import NotFoundError
     from starflow.objectstore import open_store
     from training.events import read_events
-    from training.supervisor import RUN_KIND, RUN_VERSION
+    from training.supervisor import RUN_KIND, RUN_VERSION, run_key
 
     opened = open_store(store)
     try:
-        config = manifest.load(opened, f"runs/{run}/run.json", RUN_KIND, RUN_VERSION)["config"]
+        config = manifest.load(opened, run_key(run), RUN_KIND, RUN_VERSION)["config"]
     except NotFoundError as error:
         raise NotFoundError(f"run {run!r} is not in {opened.url}; see starflow runs list --store {store}") from error
     steps = list_steps(opened, run)

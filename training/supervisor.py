@@ -18,9 +18,10 @@ import psutil
 from starflow import manifest
 from starflow.checkpoints import list_steps
 from starflow.console import console
-from starflow.errors import AlreadyExistsError, NotFoundError, StarflowError, StoreError
+from starflow.errors import AlreadyExistsError, ConfigError, StarflowError, StoreError
 from starflow.objectstore import ObjectStore, open_store
 from starflow.snapshots import load_snapshot
+from training.architecture import architecture, check_data
 from training.cluster import Announcement, Place, announce, read_announcement
 from training.config import TrainConfig
 from training.events import Events
@@ -46,27 +47,67 @@ class End:
 def resolve(store: ObjectStore, config: TrainConfig) -> TrainConfig:
     """Fixes the snapshot: the one the run was started with, else the configured one.
 
-    The first call for a run records its configuration as ``runs/<run>/run.json``. Raises ConfigError when the
-    run exists with another configuration, NotFoundError without the snapshot.
+    The first call for a run checks its configuration and records it as ``runs/<run>/run.json``; another one takes
+    its place as long as no step is committed and nobody holds the lease. Raises ConfigError when the model or the
+    snapshot cannot be used or the run goes on with another configuration, NotFoundError without the snapshot.
     """
-    key = f"runs/{config.run}/run.json"
-    for _ in range(2):
-        try:
-            theirs = manifest.load(store, key, RUN_KIND, RUN_VERSION)["config"]
-        except NotFoundError:
-            snapshot = load_snapshot(store, config.snapshot)
-            resolved = config.model_copy(update={"snapshot": snapshot.id})
-            with contextlib.suppress(AlreadyExistsError):  # somebody else starts it, too: look again
-                manifest.commit(store, key, RUN_KIND, RUN_VERSION, {"config": resolved.model_dump(mode="json")})
-                return resolved
-        else:
-            break
-    if config.snapshot == "newest":
-        config = config.model_copy(update={"snapshot": theirs["snapshot"]})
-    else:
-        config = config.model_copy(update={"snapshot": load_snapshot(store, config.snapshot).id})
+    if store.head(run_key(config.run)) is None:
+        _record(store, _checked(store, config))
+    try:
+        return _adopt(store, config)
+    except ConfigError:
+        if not _start_anew(store, config):
+            raise
+    return _adopt(store, config)
+
+
+def run_key(run: str) -> str:
+    """Key of the run's configuration."""
+    return f"runs/{run}/run.json"
+
+
+def _checked(store: ObjectStore, config: TrainConfig) -> TrainConfig:
+    """With its snapshot fixed, which the model fits."""
+    flow = architecture(config)
+    snapshot = load_snapshot(store, config.snapshot)
+    check_data(flow, snapshot, config.preset)
+    return config.model_copy(update={"snapshot": snapshot.id})
+
+
+def _record(store: ObjectStore, config: TrainConfig) -> None:
+    body = {"config": config.model_dump(mode="json")}
+    with contextlib.suppress(AlreadyExistsError):  # somebody else starts it, too: theirs counts
+        manifest.commit(store, run_key(config.run), RUN_KIND, RUN_VERSION, body)
+
+
+def _adopt(store: ObjectStore, config: TrainConfig) -> TrainConfig:
+    """The configuration on the run's snapshot. Raises ConfigError when the run has another one."""
+    theirs = manifest.load(store, run_key(config.run), RUN_KIND, RUN_VERSION)["config"]
+    newest = config.snapshot == "newest"
+    snapshot = theirs["snapshot"] if newest else load_snapshot(store, config.snapshot).id
     check_same_config(config, theirs, f"run {config.run!r}")
-    return config
+    return config.model_copy(update={"snapshot": snapshot})
+
+
+def _start_anew(store: ObjectStore, config: TrainConfig) -> bool:
+    """Replaces the recorded configuration unless a step is committed or somebody is at work on one.
+
+    It holds the lease meanwhile: who takes it afterwards finds the new configuration.
+    """
+    lease = Lease(store, config.run, identity(), config.lease_seconds)
+    try:
+        lease.acquire(wait=1.0)
+    except LeaseHeldError:
+        return False
+    try:
+        if list_steps(store, config.run):
+            return False
+        checked = _checked(store, config)
+        store.delete([run_key(config.run)])
+        _record(store, checked)
+        return True
+    finally:
+        lease.release()
 
 
 class Supervisor:
@@ -95,6 +136,7 @@ class Supervisor:
         renewer.start()
         previous = {number: signal.signal(number, self._request_stop) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
+            _adopt(self.store, self.config)  # another start may have replaced it before the lease was ours
             outcome = self._supervise()
             self._announce(self.events.attempts, outcome)
             return outcome
@@ -170,7 +212,10 @@ class Supervisor:
         """This machine's part of an attempt, from torchrun's start until all its processes are gone."""
         folder = self.config.folder / "attempts" / f"{number:04d}"
         shutil.rmtree(folder, ignore_errors=True)
-        path = write_attempt(Attempt(config=self.config, owner=self.lease.owner, folder=folder))
+        try:
+            path = write_attempt(Attempt(config=self.config, owner=self.lease.owner, folder=folder))
+        except StarflowError as error:
+            return End("failed", str(error), retry=False)
         command = [
             *(sys.executable, "-m", "training.agent", *self.place.torchrun(number)),
             *("--nproc-per-node", str(self.local_ranks), "--max-restarts", "0", "--monitor-interval", "0.2"),

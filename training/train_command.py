@@ -58,14 +58,14 @@ def dry_run_plan(settings: Any) -> dict[str, Any]:
     from starflow.flops import training_flops
     from starflow.objectstore import open_store
     from starflow.snapshots import load_snapshot
+    from training.architecture import architecture, check_data
     from training.estimate import memory_per_rank
-    from training.worker import architecture, check_data
 
     flow = architecture(settings)
     store = open_store(settings.store)
     snapshot = load_snapshot(store, settings.snapshot)
     check_data(flow, snapshot, settings.preset)
-    probe = f"runs/{settings.run}/probe-{uuid4().hex}"
+    probe = f"probes/{uuid4().hex}"
     store.write(probe, b"can be written")
     store.delete([probe])
     parameters = count_parameters(flow)

@@ -20,14 +20,13 @@ from starflow.checkpoints import Checkpoint, TrainedInfo, list_steps
 from starflow.errors import ConfigError, CorruptError, StarflowError, StoreError
 from starflow.flops import training_flops
 from starflow.manifest import get
-from starflow.model import FlowConfig, STARFlow
+from starflow.model import STARFlow
 from starflow.objectstore import ObjectStore, open_store
-from starflow.presets import get_preset
 from starflow.reader import SnapshotReader
 from starflow.snapshots import Snapshot, load_snapshot
+from training.architecture import architecture, check_data
 from training.checkpoint import Saver
 from training.conditions import make_conditioner
-from training.config import TrainConfig
 from training.ema import EMA
 from training.engine import Engine
 from training.examples import ExampleMaker
@@ -41,32 +40,6 @@ from training.resume import resume
 
 #: Errors that come back however often the run is relaunched.
 FINAL_ERRORS = (ConfigError, CorruptError, LeaseHeldError, TrainingDivergedError, SaveFailedError)
-
-
-def architecture(config: TrainConfig) -> FlowConfig:
-    """The preset's architecture with the configured changes. Raises ConfigError."""
-    fields = get_preset(config.preset).to_dict()
-    for key in config.model:
-        if key not in fields:
-            raise ConfigError(f"model.{key} is not an architecture field; choose one of {', '.join(fields)}")
-    try:
-        return FlowConfig(**{**fields, **config.model})
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"model {config.model}: {error}") from error
-
-
-def check_data(flow: FlowConfig, snapshot: Snapshot, preset: str) -> None:
-    """Raises ConfigError naming both sides when the snapshot's latents do not fit the model."""
-    if snapshot.vae.channels != flow.channels:
-        raise ConfigError(
-            f"snapshot {snapshot.id} has latents of {snapshot.vae.channels} channels (VAE {snapshot.vae.name}), "
-            f"preset {preset} expects {flow.channels}; choose another, or set model.channels={snapshot.vae.channels}"
-        )
-    for part in snapshot.parts:
-        try:
-            flow.tokens(*part.grid)
-        except ValueError as error:
-            raise ConfigError(f"snapshot {snapshot.id} does not fit preset {preset}: {error}") from error
 
 
 class Rank:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from starflow.config import Config, load_config
 from starflow.errors import ConfigError
@@ -52,3 +52,20 @@ def test_unreadable_files(tmp_path: Path, text: str | None, message: str) -> Non
         file.write_text(text)
     with pytest.raises(ConfigError, match=message):
         load_config(Run, file)
+
+
+class Range(Config):
+    low: int = 0
+    high: int = 1
+
+    @model_validator(mode="after")
+    def _check(self) -> Range:
+        if self.low > self.high:
+            raise ValueError("low is above high; swap them")
+        return self
+
+
+def test_an_error_of_the_whole_model_is_its_message_only() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(Range, overrides=["low=2"])
+    assert str(caught.value) == "configuration: low is above high; swap them"

@@ -16,12 +16,12 @@ from starflow.checkpoints import Progress, TrainedInfo, load_manifest, read_weig
 from starflow.errors import ConfigError, CorruptError
 from starflow.model import STARFlow
 from tests.training.small_snapshot import TEXT, VAE
+from training.architecture import architecture
 from training.checkpoint import Saver, Snapshot
 from training.ema import EMA
 from training.engine import Engine
 from training.lease import Lease
 from training.resume import resume
-from training.worker import architecture
 
 
 @pytest.fixture(scope="module", autouse=True)

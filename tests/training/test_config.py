@@ -24,6 +24,10 @@ def test_recipe_fills_in_and_the_file_wins(tmp_path):
         (["micro_batch_size=5"], "does not divide 32"),
         (["stepz=3"], "did you mean steps"),
         (["run=../x"], "run"),
+        (["preset=foo"], "^configuration: preset 'foo' does not exist; choose one of tiny, "),
+        (["preset=[1]"], "preset = .* valid string"),
+        (["preset=imagenet-512"], "steps is missing"),
+        (["snapshot=true"], "snapshot = True"),
         (["offload=nvme"], "nvme_path"),
         (["zero_stage=0", "precision=bfloat16"], "zero_stage 1"),
     ],
@@ -36,3 +40,8 @@ def test_what_cannot_work_is_refused_by_name(overrides, message):
 def test_accumulation_follows_from_one_batch_size():
     config = load_config(TrainConfig, None, ["store=s", "run=a", "ranks=2", "micro_batch_size=8"])
     assert (config.per_rank, config.micro, config.accumulation) == (16, 8, 2)
+
+
+@pytest.mark.parametrize(("text", "snapshot"), [("1", "1"), ("1-ab12", "1-ab12"), ("newest", "newest")])
+def test_a_snapshot_may_be_a_number(text, snapshot):
+    assert load_config(TrainConfig, None, ["store=s", "run=a", f"snapshot={text}"]).snapshot == snapshot

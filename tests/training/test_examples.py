@@ -5,9 +5,9 @@ import torch
 from starflow.reader import SnapshotReader
 from starflow.snapshots import load_snapshot
 from tests.training.small_snapshot import TEXT
+from training.architecture import architecture
 from training.conditions import Labels, make_conditioner
 from training.examples import ExampleMaker, prefetch
-from training.worker import architecture
 
 GRID = (8, 8)
 

@@ -14,12 +14,12 @@ from starflow.checkpoints import TrainedInfo
 from starflow.reader import SnapshotReader
 from starflow.snapshots import load_snapshot
 from tests.training.small_snapshot import TEXT, VAE
+from training.architecture import architecture
 from training.conditions import make_conditioner
 from training.engine import StepResult
 from training.examples import ExampleMaker
 from training.loop import Loop, SaveFailedError, State, TrainingDivergedError
 from training.metrics import MetricsLog
-from training.worker import architecture
 
 
 @pytest.fixture(scope="module", autouse=True)

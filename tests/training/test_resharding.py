@@ -15,12 +15,12 @@ from starflow.checkpoints import Progress, TrainedInfo
 from starflow.model import STARFlow
 from starflow.objectstore import open_store
 from tests.training.small_snapshot import TEXT, VAE
+from training.architecture import architecture
 from training.checkpoint import Saver
 from training.ema import EMA
 from training.engine import Engine
 from training.lease import Lease
 from training.resume import resume
-from training.worker import architecture
 
 
 def work(rank, port, config, resumed, steps, folder):
