@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -56,6 +58,8 @@ _ENVIRONMENT = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "PYTHONPATH", "SSL_C
 _START_SECONDS = 120.0
 #: img2dataset sometimes hangs at its end: without progress for so long, and a few fetches, a batch is stopped.
 _STALL_SECONDS = 120.0
+#: A disk with less free space counts as full: img2dataset neither ends nor says so when it cannot write.
+_ROOM_BYTES = 2**16
 #: URLs that are worth the start of another process.
 _PROCESS_ROWS = 256
 
@@ -86,7 +90,7 @@ def fetch_batch(
 
     Original bytes of shard s lie in ``folder/output/<s:05d>.bin``. The subprocess is stopped after `limit` seconds
     (default: what the slowest permitted answers take) or when it hangs; what it had not finished is to be retried.
-    Raises StarflowError when it ends without any result at all.
+    Raises StarflowError when it ends without any result at all, OSError (ENOSPC) when the disk under `folder` is full.
     """
     processes = min(processes, -(-len(urls) // _PROCESS_ROWS))
     shards = _split(urls, policy, processes)
@@ -168,14 +172,21 @@ def _run(folder: Path, on_progress: Callable[[int], None], limit: float, stall: 
                 try:
                     process.wait(timeout=0.2)
                 except subprocess.TimeoutExpired:
+                    _check_room(folder)
                     if (now_done := _done(folder / "output")) > done:
                         done, moved = now_done, time.monotonic()
                     on_progress(done)
                 else:
+                    _check_room(folder)
                     return False
             return True
         finally:
             _stop(process)
+
+
+def _check_room(folder: Path) -> None:
+    if shutil.disk_usage(folder).free < _ROOM_BYTES:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -55,6 +56,14 @@ def outcomes(web: HostileWeb, tmp_path_factory: pytest.TempPathFactory) -> dict[
 def test_each_case_ends_as_it_should(case: Case, outcomes: dict[str, Any]) -> None:
     row = outcomes["rows"][case.name]
     assert (row["status"], row["reason"]) == (case.status, case.reason)
+
+
+def test_a_full_disk_ends_the_crawl_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """img2dataset would hang until the batch's limit."""
+    monkeypatch.setattr(crawl.shutil, "disk_usage", lambda folder: SimpleNamespace(free=4096))
+    (tmp_path / "rules").mkdir()
+    with pytest.raises(OSError, match="No space left"):
+        fetch_batch(as_table(["http://127.0.0.1:9/1.png"]), hostile_policy(), 1, 4, tmp_path / "b", tmp_path / "rules")
 
 
 def test_there_are_more_than_forty_cases() -> None:
