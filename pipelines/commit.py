@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from pipelines import batches
 from pipelines.filters import FILTERS_VERSION
-from pipelines.ledger import KEPT, MOMENT, SCHEMA, Spill, newest
+from pipelines.ledger import KEPT, MOMENT, SCHEMA, Spill, get_table, newest
 from pipelines.plan import Batch
 from pipelines.state import RefreshState
 from starflow import snapshots
@@ -62,9 +62,12 @@ def publish_snapshot(state: RefreshState) -> dict[str, Any]:
 
 
 def _check_worth_keeping(state: RefreshState) -> None:
-    """Without a new sample, what was learned is worth keeping only beside a snapshot, and if it is about the URLs."""
+    """Without a new sample, what was learned is worth keeping only beside a snapshot, and if it is about the URLs.
+
+    A retry that fails again, as a dead host does, is about the URL.
+    """
     reasons = set(state.dropped)
-    if state.parent is not None and not (reasons and reasons <= _OURS):
+    if state.parent is not None and not (reasons and reasons <= _OURS and _asks_anew(state)):
         return
     counted = ", ".join(f"{reason} {count}" for reason, count in state.dropped.items())
     asked = sum(batch.count for plan in state.plans if not plan.round for batch in plan.batches)
@@ -73,6 +76,12 @@ def _check_worth_keeping(state: RefreshState) -> None:
         f"none of {asked} URLs of {state.config.urls} gave a usable picture ({counted}); {remedy}, "
         "then run the same command again"
     )
+
+
+def _asks_anew(state: RefreshState) -> bool:
+    """Whether the refresh has asked for any URL for the first time."""
+    asked = (batch.rows for plan in state.plans if not plan.round for batch in plan.batches)
+    return any(pc.any(pc.equal(get_table(state.store, rows)["attempts"], 0)).as_py() for rows in asked)
 
 
 def finish_published(state: RefreshState) -> None:

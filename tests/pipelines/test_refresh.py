@@ -96,8 +96,9 @@ def test_the_ledger_says_what_is_known_of_each_url(bench: Bench) -> None:
     assert rows[url(1)]["id"] == hashlib.sha256(png(1)).hexdigest()
 
 
-def test_failures_are_retried_when_due_later_each_time_and_given_up_in_the_end(bench: Bench) -> None:
-    listed = bench.write_list({url(0): png(0), url("down"): ("retry", "http_500")})
+@pytest.mark.parametrize("reason", ["http_500", "timeout"])
+def test_failures_are_retried_when_due_later_each_time_and_given_up_in_the_end(bench: Bench, reason: str) -> None:
+    listed = bench.write_list({url(0): png(0), url("down"): ("retry", reason)})
     settings = {"retry_after": 100, "retry_rounds": 0, "max_attempts": 3}
     bench.refresh(listed, **settings)
     for seconds, requests, status in (
