@@ -31,6 +31,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "snapshots": ("pipelines.snapshots_cli", "snapshots", "List, show, compare and check published snapshots."),
     "preview": ("pipelines.snapshots_cli", "preview", "Decode a few samples of a snapshot back to pictures."),
     "takedown": ("pipelines.snapshots_cli", "takedown", "Publish a snapshot without some samples, for good."),
+    "plan": ("infra.plan_command", "plan", "Hours, dollars and storage of a data set and a model."),
     "train": ("training.cli", "train", "Train a run, or resume it where it stopped."),
     "train-vae": ("training.vae_cli", "train_vae", "Train a small VAE on a folder of pictures."),
     "runs": ("training.cli", "runs", "List, show and compare training runs."),
