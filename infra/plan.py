@@ -34,6 +34,8 @@ PART_OBJECTS, PART_SHARDS = 8, 64
 MULTIPART_BYTES = 64 * 2**20
 #: Bytes of a sample in the tables of its part, and of a URL in the ledger and the batch tables.
 SAMPLE_TABLE_BYTES, URL_TABLE_BYTES = 200, 250
+#: Weights, average and optimizer are objects of each rank.
+CHECKPOINT_OBJECTS = 3
 #: A checkpoint holds float32 weights, their average and two moments.
 CHECKPOINT_BYTES_PER_PARAMETER = 16
 
@@ -210,7 +212,7 @@ def stage(
 def _crawl(config: PlanConfig, prices: Prices, results: Path) -> Stage:
     urls = ceil(config.images / config.url_yield)
     batches = ceil(urls / config.batch_size)
-    uploads = ceil(config.batch_size * config.url_yield * config.image_bytes / MULTIPART_BYTES) + 2
+    uploads = _upload_requests(config.batch_size * config.url_yield * config.image_bytes)
     rate = _rate(config.crawl_rate, "URLs", results / "plan.json", "crawl_urls_per_second", 20.0)
     machine = prices.machine(config.crawl_machine)
     puts = batches * (BATCH_OBJECTS - 1 + uploads)
@@ -245,8 +247,8 @@ def _train(config: PlanConfig, flow: FlowConfig, seen: int, prices: Prices, resu
     steps = seen // (config.global_batch_size or RECIPES[config.preset]["global_batch_size"])
     ranks = machine.devices * config.train_machines
     saves = ceil(steps / config.checkpoint_every)
-    size = CHECKPOINT_BYTES_PER_PARAMETER * parameters(flow)
-    puts = saves * (ceil(size / MULTIPART_BYTES) + 3 * 3 * ranks + 2)
+    objects = CHECKPOINT_OBJECTS * ranks
+    puts = saves * (objects * _upload_requests(CHECKPOINT_BYTES_PER_PARAMETER * parameters(flow) / objects) + 3)
     gets = ceil(max(1.0, seen / config.images)) * config.train_machines * shard_count(config, flow) * _arrays(config)
     work = seen * training_flops_seen(config, flow) / 1e12
     return stage("train", machine, config.train_machines, work, rate, config.start_seconds, puts, gets)
@@ -256,6 +258,11 @@ def shard_count(config: PlanConfig, flow: FlowConfig) -> int:
     """Shards of the snapshot; each is an object of every array."""
     largest = max(2 * flow.channels * flow.grid[0] * flow.grid[1], 2 * config.text_states)
     return ceil(config.images / max(1, SHARD_BYTES // largest))
+
+
+def _upload_requests(size: float) -> int:
+    """Requests that store an object of `size` bytes."""
+    return 1 if size <= MULTIPART_BYTES else ceil(size / MULTIPART_BYTES) + 2
 
 
 def _arrays(config: PlanConfig) -> int:
