@@ -21,9 +21,10 @@ from pipelines.captioners import AltText, Captioner
 from pipelines.config import RefreshConfig
 from pipelines.crawl import OUTCOME, fetch_batch
 from pipelines.datasets import import_batch
-from pipelines.filters import in_scripts, load_score
+from pipelines.filters import load_score
 from pipelines.ledger import get_table, put_table
 from pipelines.plan import ROWS, Batch
+from pipelines.texts import caption_quality
 from starflow import manifest
 from starflow.config import Config
 from starflow.errors import AlreadyExistsError, NotFoundError
@@ -267,20 +268,12 @@ def caption_batch(
     ]
     result = pa.table({"key": table["key"], "captions": pa.array(captions, CAPTIONS)})
     ref = put_table(store, f"{batch.folder}captions", result)
-    record = CaptionRecord(captions=ref, captioner=f"{captioner.name} {captioner.version}", quality=_quality(captions))
+    record = CaptionRecord(
+        captions=ref,
+        captioner=f"{captioner.name} {captioner.version}",
+        quality=caption_quality([str(each[-1]["text"]) if each else "" for each in captions]),
+    )
     return commit_record(store, batch, record)  # type: ignore[no-any-return]
-
-
-def _quality(captions: list[list[dict[str, Any]]]) -> dict[str, int]:
-    """Figures of the newest caption of each picture; they add up over batches."""
-    texts = [each[-1]["text"] if each else "" for each in captions]
-    return {
-        "pictures": len(texts),
-        "empty": sum(not text for text in texts),
-        "repeated": len(texts) - len(set(texts)),
-        "characters": sum(map(len, texts)),
-        "not_latin": sum(not in_scripts(text, ("LATIN",)) for text in texts),
-    }
 
 
 def _model_captions(

@@ -155,8 +155,10 @@ class RefreshConfig(Config):
     block_hosts: tuple[str, ...] = Field(
         (), title="Blocked hosts", description="Hosts, with their subdomains, that are never asked."
     )
-    scripts: tuple[str, ...] = Field(
-        (), title="Scripts", description="Keep captions mostly in these Unicode scripts, such as LATIN; empty: any."
+    languages: tuple[str, ...] = Field(
+        (),
+        title="Languages",
+        description="Drop captions clearly in none of these languages (ISO 639 codes, such as en); empty: any.",
     )
     near_duplicates: int | None = Field(
         None,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import re
-import unicodedata
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -13,10 +12,11 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.config import RefreshConfig
+from pipelines.texts import check_languages, in_languages
 from starflow.errors import ConfigError
 
 #: Raised when a filter changes what it keeps; published with each snapshot.
-FILTERS_VERSION = "1"
+FILTERS_VERSION = "2"
 
 #: Takes N fetched pictures (a row each) and says which to keep, (N,) bool.
 Keep = Callable[[pa.Table], np.ndarray]
@@ -48,9 +48,9 @@ def build_filters(config: RefreshConfig) -> list[Filter]:
         filters.append(
             Filter("blocked_word", lambda rows: _by_captions(rows, lambda texts: not any(map(pattern.search, texts))))
         )
-    if config.scripts:
-        scripts = tuple(script.upper() for script in config.scripts)
-        filters.append(Filter("script", lambda rows: _by_text(rows, lambda text: in_scripts(text, scripts))))
+    if config.languages:
+        codes = check_languages(config.languages)
+        filters.append(Filter("language", lambda rows: _by_text(rows, lambda text: in_languages(text, codes))))
     return filters
 
 
@@ -61,13 +61,6 @@ def apply_filters(rows: pa.Table, filters: Iterable[Filter]) -> np.ndarray:
         kept = np.asarray(item.keep(rows), dtype=bool)
         reasons[~kept & (reasons == "")] = item.reason
     return reasons
-
-
-def in_scripts(text: str, scripts: tuple[str, ...]) -> bool:
-    """Whether at least half of the letters belong to `scripts`, which are first words of Unicode character names."""
-    letters = [char for char in text if char.isalpha()]
-    inside = sum(unicodedata.name(char, "").split(" ")[0] in scripts for char in letters)
-    return 2 * inside >= len(letters)
 
 
 def load_score(name: str) -> Callable[[list[Any], list[str]], list[float]]:

@@ -55,6 +55,7 @@ def plan(state: RefreshState) -> Counts:
     """Finds the URLs of the list that are new or due, after ending a refresh that was killed at its very end."""
     finish_published(state)
     _check_settings(state)
+    build_filters(state.config)  # so that a setting they cannot use is said before the crawl
     plan = plan_list(
         state.config,
         state.ledger,

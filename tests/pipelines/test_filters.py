@@ -10,7 +10,7 @@ import pytest
 
 from pipelines.batches import CAPTIONS
 from pipelines.config import RefreshConfig
-from pipelines.filters import apply_filters, build_filters, in_scripts, load_score
+from pipelines.filters import apply_filters, build_filters, load_score
 from starflow.errors import ConfigError
 
 
@@ -40,8 +40,9 @@ def reason(text: str | list[str] = "a picture", **changes: Any) -> str:
         ("text_too_long", {"text": "x" * 2001}),
         ("blocked_word", {"text": "a Stock-Photo here", "block_words": ("stock-photo",)}),
         ("", {"text": "restocked", "block_words": ("stock",)}),
-        ("script", {"text": "красный яблоко", "scripts": ("latin",)}),
-        ("", {"text": "красный apple apple", "scripts": ("latin", "cyrillic")}),
+        ("language", {"text": "ein roter Apfel auf dem Tisch", "languages": ("en", "fr")}),
+        ("", {"text": "ein roter Apfel auf dem Tisch", "languages": ("en", "de")}),
+        ("", {"text": "DSC 0042", "languages": ("en",)}),
         ("too_small", {"height": 2, "width": 900, "text": ""}),
     ],
 )
@@ -49,9 +50,9 @@ def test_filters(expected: str, arguments: dict[str, Any]) -> None:
     assert reason(**arguments) == expected
 
 
-def test_text_without_letters_is_in_any_script() -> None:
-    assert in_scripts("2 + 2 = 4", ("LATIN",))
-    assert not in_scripts("赤いハート", ("LATIN",))
+def test_unknown_languages_are_refused() -> None:
+    with pytest.raises(ConfigError, match="'english' is not known; use ISO 639 codes"):
+        reason(languages=("english",))
 
 
 @pytest.mark.parametrize("name", ["math", "math:nothing", "nothing_at_all:f", "math:pi"])

@@ -58,7 +58,7 @@ def test_every_url_is_a_sample_or_a_counted_drop(bench: Bench) -> None:
     snapshot = load_snapshot(open_store(str(bench.store)))
     assert snapshot.id == result.snapshot
     assert snapshot.dropped == result.dropped
-    assert snapshot.versions == {"captioner": "alt-text 1", "filters": "1", "refresh": "1"}
+    assert snapshot.versions == {"captioner": "alt-text 1", "filters": "2", "refresh": "1"}
 
 
 def test_an_unchanged_list_costs_no_request_and_no_snapshot(bench: Bench) -> None:
