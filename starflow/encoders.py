@@ -9,9 +9,10 @@ so on use, as it does torch: reading an identity from a manifest costs nothing.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 
 #: What a Hugging Face model id looks like; anything else can only be a folder.
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+#: The parts of an `AutoencoderKL` that decoding uses.
+DECODER_PREFIXES = ("decoder.", "post_quant_conv.")
 
 
 class EncoderError(StarflowError):
@@ -118,6 +122,27 @@ class DiffusersVAE:
         with torch.inference_mode():
             raw = latents.float() / self.identity.scaling_factor + self.identity.shift_factor
             return self.module.decode(self._place(raw)).sample.float()
+
+    def decoder_state(self) -> dict[str, Tensor]:
+        """The weights that `decode` uses, by their names in the module."""
+        state = self.module.state_dict()
+        return {name: value for name, value in state.items() if name.startswith(DECODER_PREFIXES)}
+
+    def with_decoder(self, state: Mapping[str, Tensor]) -> DiffusersVAE:
+        """This VAE (same encoder, not copied; same identity, since latents do not change) with another decoder.
+
+        Raises EncoderError unless `state` has the names and shapes of `decoder_state`.
+        """
+        mine = self.decoder_state()
+        if {name: value.shape for name, value in mine.items()} != {name: value.shape for name, value in state.items()}:
+            odd = sorted(mine.keys() ^ state.keys()) or ["shapes"]
+            raise EncoderError(
+                f"these decoder weights do not fit the VAE {self.identity.name}: {', '.join(odd[:3])} differ; "
+                "they were made for another architecture"
+            )
+        module = copy.deepcopy(self.module, {id(self.module.encoder): self.module.encoder})
+        module.load_state_dict({**module.state_dict(), **state})
+        return DiffusersVAE(module, self.identity)
 
     def _place(self, x: Tensor) -> Tensor:
         weight = next(self.module.parameters())
