@@ -100,12 +100,12 @@ def build(config: VAETrainConfig) -> Any:
     return new_autoencoder(config.resolution, config.channels, config.widths, config.layers, groups)
 
 
-def learning_rate(step: int, config: VAETrainConfig) -> float:
-    """Linear warm-up over the first 2 % of the steps, then cosine decay to zero."""
-    warmup = max(1, config.steps // 50)
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """Linear warm-up to `peak` over the first 2 % of the steps, then cosine decay to zero."""
+    warmup = max(1, steps // 50)
     if step < warmup:
-        return config.learning_rate * (step + 1) / warmup
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, config.steps - warmup)))
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
 def loss_of(vae: Any, images: Tensor, config: VAETrainConfig, generator: torch.Generator) -> Tensor:
@@ -134,9 +134,13 @@ def psnr(vae: Any, images: Tensor, noise: float = 0.0, batch: int = 256) -> floa
         target = unit(part).to(vae.device)
         latents = vae.encode(target).latent_dist.mean
         latents = latents + noise * latents.std() * _noise(latents, generator)
-        decoded = vae.decode(latents).sample.clamp(-1, 1)
-        values.append(-10 * torch.log10(((decoded - target) / 2).square().mean((1, 2, 3)).clamp(min=1e-10)))
+        values.append(decibels(vae.decode(latents).sample.clamp(-1, 1), target))
     return torch.cat(values).mean().item()
+
+
+def decibels(decoded: Tensor, target: Tensor) -> Tensor:
+    """PSNR of each of B pictures in [-1, 1], (B,)."""
+    return -10 * torch.log10(((decoded - target) / 2).square().mean((1, 2, 3)).clamp(min=1e-10))
 
 
 @torch.no_grad()
@@ -165,7 +169,7 @@ def train(config: VAETrainConfig, on_progress: Callable[[int, float, VAEReport |
     start, best = time.monotonic(), None
     for step in range(config.steps):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, config)
+            group["lr"] = learning_rate(step, config.steps, config.learning_rate)
         batch = unit(images[torch.randint(len(images), (config.batch_size,), generator=generator)])
         batch = torch.where(torch.rand(len(batch), 1, 1, 1, generator=generator) < 0.5, batch, batch.flip(-1))
         loss = loss_of(vae, batch.to(config.device), config, generator)
