@@ -122,7 +122,10 @@ def _crawl_one(state: RefreshState, batch: Batch, before: int) -> batches.CrawlR
     def on_progress(done: int) -> None:
         state.progress("crawl", before + done, sum(batch.count for batch in state.batches))
 
-    return batches.crawl_batch(state.store, batch, state.config, state.blocked, state.work, on_progress)
+    def work() -> batches.CrawlRecord:
+        return batches.crawl_batch(state.store, batch, state.config, state.blocked, state.work, on_progress)
+
+    return state.do_work(f"batch {batch.folder.strip('/').rpartition('/')[2]} of {batch.count:,} URLs", work)
 
 
 def _plan_retries(state: RefreshState) -> list[Plan]:

@@ -17,6 +17,8 @@ from starflow.takedowns import Takedowns
 #: A small dictionary with at least `event`; what progress bars and run pages show.
 Event = dict[str, Any]
 OnEvent = Callable[[Event], None]
+#: Does a named piece of work and returns its record: at once, or as a task that a page shows.
+DoWork = Callable[[str, Callable[[], Any]], Any]
 
 
 def utc_now() -> datetime:
@@ -24,11 +26,16 @@ def utc_now() -> datetime:
     return datetime.now(UTC).replace(microsecond=0)
 
 
+def at_once(name: str, work: Callable[[], Any]) -> Any:
+    """Just does it."""
+    return work()
+
+
 class RefreshState:
     """The store, the ledger before this refresh, its workspace and plans, and the snapshot it starts from."""
 
-    def __init__(self, config: RefreshConfig, work: Path, on_event: OnEvent) -> None:
-        self.config, self.work, self.on_event = config, work, on_event
+    def __init__(self, config: RefreshConfig, work: Path, on_event: OnEvent, do_work: DoWork = at_once) -> None:
+        self.config, self.work, self.on_event, self.do_work = config, work, on_event, do_work
         self.store = open_store(config.store)
         self.encoded: Any = None
         self.published: Snapshot | None = None
