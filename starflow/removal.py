@@ -59,14 +59,15 @@ def take_down(store: ObjectStore, requested: Takedowns) -> Removal:
             withdrawn.append(part.id)
             removed.update(samples.filter(pa.array(blocked))["id"].to_pylist())
             if not blocked.all():
-                parts.append(_without(store, part, samples, blocked))
+                parts.append(without(store, part, samples, blocked))
         try:
             snapshot = publish(
                 store,
                 parent=parent,
                 parts=parts,
                 image_size=parent.image_size,
-                dropped={"taken down": len(removed)},
+                added=0,
+                removed={"taken down": len(removed)},
                 versions=parent.versions,
                 attribution=parent.attribution,
                 withdrawn=withdrawn,
@@ -77,8 +78,8 @@ def take_down(store: ObjectStore, requested: Takedowns) -> Removal:
         return Removal(snapshot, len(removed))
 
 
-def _without(store: ObjectStore, part: Part, samples: pa.Table, blocked: NDArray[np.bool_]) -> Part:
-    """A copy of `part` in which the blocked samples (a mask over `samples`) are holes of zeros."""
+def without(store: ObjectStore, part: Part, samples: pa.Table, blocked: NDArray[np.bool_]) -> Part:
+    """A copy of `part` in which the blocked samples (a mask over `samples`, the part's table) are holes of zeros."""
     removed = samples.filter(pa.array(blocked))
     digest = hashlib.sha256("\n".join([part.id, *sorted(removed["id"].to_pylist())]).encode())
     specs = dict(part.arrays) | {layer.text.array: layer.text.spec for layer in part.captions if layer.text}

@@ -92,6 +92,7 @@ class Summary(Config):
     vae: VAEIdentity
     counts: Counts
     dropped: dict[str, int] = Field(description="Samples this refresh rejected, by reason.")
+    removed: dict[str, int] = Field(default={}, description="Samples of the parent that left here, by reason.")
     sources: dict[str, int] = Field(description="Source: candidates it gave to this refresh.")
     versions: dict[str, str] = Field(description="What made it, such as captioner and filters.")
     attribution: str | None = Field(description="To be shown with the pictures and what was trained on them.")
@@ -117,6 +118,8 @@ def publish(
     parts: Sequence[Part],
     image_size: int,
     dropped: Mapping[str, int] | None = None,
+    added: int | None = None,
+    removed: Mapping[str, int] | None = None,
     sources: Mapping[str, int] | None = None,
     versions: Mapping[str, str] | None = None,
     attribution: str | None = None,
@@ -126,7 +129,8 @@ def publish(
     """Commits the snapshot after `parent` (None: the first one) and returns it.
 
     `parts` are all parts, the parent's included. Publishing what the parent already holds returns the parent;
-    publishing the same content again returns what was published first. `takedowns` is inherited.
+    publishing the same content again returns what was published first. `takedowns` is inherited. `added` is how many
+    samples the parent does not hold (None: those of all parts that it does not hold, none of which it has rewritten).
 
     Raises StoreError for parts without samples, of different VAEs or of another image size than the parent's, and
     AlreadyExistsError when somebody else has published on top of `parent` meanwhile.
@@ -135,7 +139,7 @@ def publish(
     takedowns = takedowns or (parent.takedowns if parent else None)
     if parent is not None and list(parts) == list(parent.parts) and takedowns == parent.takedowns:
         return parent
-    counts = _counts(parent, parts, bool(withdrawn))
+    counts = _counts(parent, parts, added)
     listed = _PARTS.dump_json(tuple(parts), indent=1)
     part_list = manifest.put(store, f"partlists/{hashlib.sha256(listed).hexdigest()[:32]}.json", listed)
     body: dict[str, Any] = {
@@ -145,6 +149,7 @@ def publish(
         "vae": (parent.vae if parent else parts[0].vae).model_dump(),
         "counts": counts.model_dump(),
         "dropped": dict(dropped or {}),
+        "removed": dict(removed or {}),
         "sources": dict(sources or {}),
         "versions": dict(versions or {}),
         "attribution": attribution,
@@ -185,10 +190,11 @@ def _check_parts(parent: Snapshot | None, parts: Sequence[Part], image_size: int
             )
 
 
-def _counts(parent: Snapshot | None, parts: Sequence[Part], takedown: bool) -> Counts:
-    old = {part.id for part in parent.parts} if parent else set()
+def _counts(parent: Snapshot | None, parts: Sequence[Part], added: int | None) -> Counts:
     total = sum(part.count for part in parts)
-    added = 0 if takedown else sum(part.count for part in parts if part.id not in old)
+    if added is None:
+        old = {part.id for part in parent.parts} if parent else set()
+        added = sum(part.count for part in parts if part.id not in old)
     return Counts(added=added, kept=total - added, total=total)
 
 
