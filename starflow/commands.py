@@ -78,6 +78,10 @@ def sample(
     aspect: Annotated[str, typer.Option(help="Aspect ratio, width:height.")] = "1:1",
     method: Annotated[MethodName, typer.Option(help="jacobi is faster, sequential exact.")] = MethodName.jacobi,
     denoise: Annotated[bool, typer.Option(help="Remove the noise that the flow learned with the latents.")] = True,
+    decoder: Annotated[
+        str,
+        typer.Option(help="Fine-tuned decoder, STORE/NAME; auto: the store's own, none: the flow's score instead."),
+    ] = "auto",
     folder: Annotated[Path | None, typer.Option(help="Also write each picture to this folder.")] = None,
     device: Device = "cpu",
     as_json: AsJson = False,
@@ -85,7 +89,7 @@ def sample(
     """Draw pictures for prompts."""
     from starflow.images import picture_grid
 
-    generator = _open(checkpoint, device)
+    generator = _open(checkpoint, device, decoder)
     wanted = [prompt for prompt in prompts for _ in range(count)]
     grid = _aspect(generator, aspect)
     with _progress("sampling", generator.tokens(len(wanted), grid)) as progress:
@@ -260,14 +264,14 @@ def _typicality_rows(
     ]
 
 
-def _open(checkpoint: str, device: str) -> Generator:
+def _open(checkpoint: str, device: str, decoder: str = "none") -> Generator:
     import torch
 
     from starflow.generate import Generator
 
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device cuda is not available here; use --device cpu")
-    return Generator.open(checkpoint, device, torch.bfloat16 if device == "cuda" else torch.float32)
+    return Generator.open(checkpoint, device, torch.bfloat16 if device == "cuda" else torch.float32, decoder)
 
 
 def _aspect(generator: Generator, aspect: str) -> Grid:

@@ -93,6 +93,22 @@ def check_decoder(decoder: Decoder, vae: VAEIdentity, latent_noise: float) -> No
         )
 
 
+def choose_decoder(choice: str, store: ObjectStore, vae: DiffusersVAE, latent_noise: float) -> DiffusersVAE | None:
+    """`vae` with the decoder that `choice` names, for latents with this noise; None for none.
+
+    none; ``STORE/NAME``; or auto: the newest in `store` (where the flow lies) for this VAE and noise, if any.
+    Raises ConfigError, NotFoundError or CorruptError.
+    """
+    if choice == "none":
+        return None
+    if choice != "auto":
+        store, decoder = read_decoder(choice)
+        check_decoder(decoder, vae.identity, latent_noise)
+        return load_decoder(store, decoder, vae)
+    found = find_decoder(store, vae.identity, latent_noise)
+    return load_decoder(store, found, vae) if found else None
+
+
 def load_decoder(store: ObjectStore, decoder: Decoder, vae: DiffusersVAE) -> DiffusersVAE:
     """`vae` with the decoder's weights in place of its own. Raises NotFoundError, CorruptError or EncoderError."""
     from safetensors import SafetensorError

@@ -22,6 +22,7 @@ from torch import Tensor
 from starflow import likelihood
 from starflow.checkpoints import TrainedInfo, load_checkpoint
 from starflow.convert import build, read_model
+from starflow.decoders import choose_decoder
 from starflow.decoding import Jacobi, Progress
 from starflow.encoders import VAE, TextEncoder, load_text_encoder, load_vae, to_pixels, to_tensor
 from starflow.errors import ConfigError
@@ -62,6 +63,7 @@ class Generator:
     """A flow, its VAE and its text encoder (None for a class-conditional or unconditional flow).
 
     latent_noise: standard deviation of the noise that training added to latents.
+    decoder: the VAE with a decoder fine-tuned to latents with that noise, if there is one (starflow.decoders).
     batch_size: pictures that run together.
     """
 
@@ -70,6 +72,7 @@ class Generator:
     text_encoder: TextEncoder | None
     latent_noise: float
     trained: TrainedInfo | None = None
+    decoder: VAE | None = None
     batch_size: int = 16
 
     @classmethod
@@ -81,11 +84,16 @@ class Generator:
         ema: bool = True,
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
+        decoder: str = "auto",
     ) -> Generator:
-        """Loads a training checkpoint. Raises NotFoundError, CorruptError, EncoderError."""
+        """Loads a training checkpoint. Raises NotFoundError, CorruptError, EncoderError.
+
+        decoder: see `starflow.decoders.choose_decoder`; auto looks into `store`.
+        """
         config, state, trained = load_checkpoint(open_store(store), run, step, ema)
         model = build(config, state.items(), device, dtype)
-        return cls._assemble(model, trained.vae.name, trained.text_encoder, trained.latent_noise, device, trained)
+        vae, text, noise = trained.vae.name, trained.text_encoder, trained.latent_noise
+        return cls._assemble(model, vae, text, noise, device, trained, (decoder, store))
 
     @classmethod
     def from_folder(
@@ -94,27 +102,31 @@ class Generator:
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
         vae: str = "stabilityai/sd-vae-ft-ema",
-        text_encoder: str = "google/flan-t5-xl",
+        text_encoder: str | None = "google/flan-t5-xl",
         latent_noise: float = 0.3,
+        decoder: str = "auto",
     ) -> Generator:
         """Loads a folder written by `starflow import` or by exporting a checkpoint.
 
         An exported checkpoint names its encoders; `vae`, `text_encoder` and `latent_noise` (defaults: the
-        released recipe) are for imported weights, which do not.
+        released recipe) are for imported weights, which do not. decoder: as in `from_checkpoint`; auto looks
+        into `folder`.
         """
         config, tensors = read_model(folder)
         described = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("trained")
         trained = TrainedInfo.model_validate(described) if described else None
         model = build(config, tensors, device, dtype)
         if trained is not None:
-            return cls._assemble(model, trained.vae.name, trained.text_encoder, trained.latent_noise, device, trained)
-        return cls._assemble(model, vae, text_encoder, latent_noise, device, None)
+            vae, text_encoder, latent_noise = trained.vae.name, trained.text_encoder, trained.latent_noise
+        return cls._assemble(model, vae, text_encoder, latent_noise, device, trained, (decoder, str(folder)))
 
     @classmethod
-    def open(cls, checkpoint: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Generator:
+    def open(
+        cls, checkpoint: str, device: str = "cpu", dtype: torch.dtype = torch.float32, decoder: str = "auto"
+    ) -> Generator:
         """Loads `STORE/RUN`, `STORE/RUN@STEP` or a model folder. Raises ConfigError for another form."""
         if (Path(checkpoint) / "config.json").is_file():
-            return cls.from_folder(Path(checkpoint), device, dtype)
+            return cls.from_folder(Path(checkpoint), device, dtype, decoder=decoder)
         store, _, name = checkpoint.rstrip("/").rpartition("/")
         run, at, step = name.partition("@")
         if not store or not run or (at and step != "newest" and not step.isdigit()):
@@ -122,7 +134,8 @@ class Generator:
                 f"checkpoint {checkpoint!r} is not STORE/RUN, STORE/RUN@STEP or a model folder, "
                 "for example s3://starflow/emoji@300"
             )
-        return cls.from_checkpoint(store, run, int(step) if step.isdigit() else "newest", device=device, dtype=dtype)
+        at_step: int | Literal["newest"] = int(step) if step.isdigit() else "newest"
+        return cls.from_checkpoint(store, run, at_step, device=device, dtype=dtype, decoder=decoder)
 
     @classmethod
     def _assemble(
@@ -133,6 +146,7 @@ class Generator:
         noise: float,
         device: str,
         trained: TrainedInfo | None,
+        decoder: tuple[str, str],
     ) -> Generator:
         config = model.config
         encoder = None
@@ -148,7 +162,8 @@ class Generator:
                 f"VAE {vae} has weights {loaded.identity.sha256[:12]}, the flow was trained with "
                 f"{trained.vae.sha256[:12]}; use the VAE of that snapshot"
             )
-        return cls(model, loaded, encoder, noise, trained)
+        choice, store = decoder
+        return cls(model, loaded, encoder, noise, trained, choose_decoder(choice, open_store(store), loaded, noise))
 
     @cached_property
     def device(self) -> torch.device:
@@ -182,10 +197,13 @@ class Generator:
         """One picture a prompt; picture i depends on (seed, i, prompt) alone, not on the batch.
 
         grid: latent grid (H, W), the nominal one if None. denoise: remove the noise that the flow learned with
-        the latents, by its own score. progress: called with tokens finished, see `tokens`.
+        the latents: by the fine-tuned decoder where there is one, else by the flow's own score. progress: called
+        with tokens finished, see `tokens`.
         """
-        latents = self.sample_latents(prompts, guidance, seed, grid, method, denoise, tolerance, progress)
-        return self.pictures(latents)
+        tuned = denoise and self.decoder is not None
+        clean = denoise and not tuned
+        latents = self.sample_latents(prompts, guidance, seed, grid, method, clean, tolerance, progress)
+        return self.pictures(latents, noisy=tuned)
 
     def sample_latents(
         self,
@@ -198,7 +216,7 @@ class Generator:
         tolerance: float = 1e-3,
         progress: Progress = lambda tokens: None,
     ) -> Tensor:
-        """As `sample`, but latents (B, C, H, W)."""
+        """As `sample`, but latents (B, C, H, W). clean: take a step along the flow's score, which removes the noise."""
         config = self.model.config
         guidance = guidance if config.prefix_length else 0.0
         shape = (config.channels, *(grid or config.grid))
@@ -217,9 +235,10 @@ class Generator:
         batches = -(-pictures // self.batch_size)
         return height * width * len(self.model.blocks) * batches
 
-    def pictures(self, latents: Tensor) -> list[Image.Image]:
-        """Decodes latents (B, C, H, W) with the VAE."""
-        chunks = [self.vae.decode(chunk) for chunk in latents.split(self.batch_size)]
+    def pictures(self, latents: Tensor, noisy: bool = False) -> list[Image.Image]:
+        """Decodes latents (B, C, H, W). noisy: they carry the flow's noise; the fine-tuned decoder takes them, if any."""
+        vae = self.decoder if noisy and self.decoder is not None else self.vae
+        chunks = [vae.decode(chunk) for chunk in latents.split(self.batch_size)]
         return [Image.fromarray(pixels) for chunk in chunks for pixels in to_pixels(chunk)]
 
     def grid_of(self, image: Image.Image) -> Grid:
