@@ -34,6 +34,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "plan": ("infra.plan_command", "plan", "Hours, dollars and storage of a data set and a model."),
     "train": ("training.cli", "train", "Train a run, or resume it where it stopped."),
     "train-vae": ("training.vae_cli", "train_vae", "Train a small VAE on a folder of pictures."),
+    "finetune-decoder": ("training.decoder_cli", "finetune_decoder", "Teach a VAE's decoder to decode noisy latents."),
     "runs": ("training.cli", "runs", "List, show and compare training runs."),
     "checkpoints": ("training.cli", "checkpoints", "List, show, verify and export checkpoints."),
     "sample": ("starflow.commands", "sample", "Draw pictures for prompts."),
