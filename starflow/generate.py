@@ -236,7 +236,7 @@ class Generator:
         return height * width * len(self.model.blocks) * batches
 
     def pictures(self, latents: Tensor, noisy: bool = False) -> list[Image.Image]:
-        """Decodes latents (B, C, H, W). noisy: they carry the flow's noise; the fine-tuned decoder takes them, if any."""
+        """Decodes latents (B, C, H, W). noisy: they carry the flow's noise; a fine-tuned decoder, if any, takes it."""
         vae = self.decoder if noisy and self.decoder is not None else self.vae
         chunks = [vae.decode(chunk) for chunk in latents.split(self.batch_size)]
         return [Image.fromarray(pixels) for chunk in chunks for pixels in to_pixels(chunk)]
