@@ -118,7 +118,7 @@ def test_encodes_everything_once_and_resumes_for_nothing(store, vae_folder, tmp_
     assert {part.grid: (part.rows, part.count) for part in result.parts} == {(8, 8): (40, 38), (7, 10): (20, 20)}
     good = {id for id, data in contents.items() if data != b"not a picture"}
     assert sorted(check_latents(store, result, contents, vae_folder, tmp_path)) == sorted(good)
-    monkeypatch.setattr("pipelines.encode._connect", lambda _: pytest.fail("a cluster was started for nothing"))
+    monkeypatch.setattr("pipelines.actors._connect", lambda _: pytest.fail("a cluster was started for nothing"))
     assert encode(store, [table], config(vae_folder, actors=1), "crawl/work") == result
 
 
