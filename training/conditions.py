@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 import time
 from collections import OrderedDict
 from pathlib import Path
@@ -132,12 +133,18 @@ class EncodedText:
             )
         self.identity: TextIdentity | None = self._encoder.identity
         self._known: OrderedDict[bytes, Tensor] = OrderedDict()
+        self._lock = threading.Lock()  # batches are made ahead in a thread while validation asks, too
 
     def __call__(
         self, captions: list[str], states: NDArray[np.float16] | None, dropped: NDArray[np.bool_]
     ) -> tuple[Tensor | None, float]:
         began = time.monotonic()
         wanted = ["" if drop else caption for caption, drop in zip(captions, dropped, strict=True)]
+        with self._lock:
+            condition = self._states(wanted)
+        return condition, time.monotonic() - began
+
+    def _states(self, wanted: list[str]) -> Tensor:
         keys = [hashlib.sha256(caption.encode()).digest() for caption in wanted]
         unknown = {key: caption for key, caption in zip(keys, wanted, strict=True) if key not in self._known}
         if unknown:
@@ -149,4 +156,4 @@ class EncodedText:
             self._known.move_to_end(key)
         while len(self._known) > REMEMBERED_CAPTIONS:
             self._known.popitem(last=False)
-        return condition, time.monotonic() - began
+        return condition

@@ -83,6 +83,11 @@ class TrainConfig(Config):
     validation_every: int = Field(1000, gt=0, description="Steps between validations; the last step has one too.")
     validation_samples: int = Field(256, gt=0, description="Held-out samples per validation, at most.")
 
+    sample_every: int | None = Field(
+        None, gt=0, description="Steps between grids of pictures for held-out captions; none if left out."
+    )
+    sample_count: int = Field(16, gt=0, le=256, description="Pictures in a grid.")
+
     max_skipped: int = Field(
         10, gt=0, description="Batches in a row with a non-finite loss or a spike before it stops."
     )
@@ -176,6 +181,8 @@ RESUMABLE = frozenset(
         "max_failed_saves",
         "validation_every",
         "validation_samples",
+        "sample_every",
+        "sample_count",
         "max_skipped",
         "spike_factor",
         "max_restarts",

@@ -24,6 +24,7 @@ from training.examples import ExampleMaker, Examples, prefetch
 from training.loader import Loader
 from training.metrics import MetricsLog, ProgressLine
 from training.order import BatchOrder
+from training.samples import SampleGrids
 from training.schedule import learning_rate
 
 log = logging.getLogger(__name__)
@@ -92,6 +93,7 @@ class Loop:
     flops_per_sample: float
     beat: Callable[[], None]
     stop_requested: Callable[[], bool]
+    samples: SampleGrids | None = None
     _due: bool = field(default=False, init=False)
 
     def run(self) -> bool:
@@ -119,6 +121,7 @@ class Loop:
             self.beat()
             seconds = time.perf_counter() - began
             self._validate_if_due(values)
+            self._sample_if_due(values)
             if self.metrics:
                 values |= self._speed(seconds) | {"data_wait": waited, "text_seconds": batch.text_seconds}
                 self.metrics.write(values)
@@ -207,10 +210,21 @@ class Loop:
         step, config = self.state.step, self.config
         if step % config.validation_every and step != config.steps:
             return
+        began = time.perf_counter()
         bits = held_out_bits(self.engine, self.maker, self.reader.held_out_side(), config, self.beat)
         self.state.held_out_bits = bits
         if bits is not None:
-            values["held_out_bits_per_dim"] = bits
+            values |= {"held_out_bits_per_dim": bits, "validation_seconds": time.perf_counter() - began}
+
+    def _sample_if_due(self, values: dict[str, float | None]) -> None:
+        every, step = self.config.sample_every, self.state.step
+        if self.samples is None or every is None or (step % every and step != self.config.steps):
+            return
+        began = time.perf_counter()
+        picture = self.samples.draw(step, self.beat)
+        values["sample_seconds"] = time.perf_counter() - began
+        if self.metrics and picture:
+            self.metrics.picture(step, picture)
 
     def _save_if_due(self, agreement: Agreement, stop: bool) -> None:
         """A save still in flight somewhere delays the next one; the last one and a requested one wait for it."""

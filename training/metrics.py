@@ -6,9 +6,12 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from PIL import Image
 
 from starflow.console import console
 from training.config import TrainConfig
@@ -17,9 +20,11 @@ Number = int | float
 
 
 class MetricsLog:
-    """Rank 0's log. `committed` is metrics.jsonl up to the step that the run resumes from."""
+    """Rank 0's log. `committed` is metrics.jsonl up to the step that the run resumes from, `pictures` its grids."""
 
-    def __init__(self, config: TrainConfig, committed: bytes = b"") -> None:
+    def __init__(
+        self, config: TrainConfig, committed: bytes = b"", pictures: Iterable[tuple[int, Image.Image]] = ()
+    ) -> None:
         config.folder.mkdir(parents=True, exist_ok=True)
         self.path = config.folder / "metrics.jsonl"
         self.path.write_bytes(committed)  # what an earlier attempt logged after its last checkpoint goes
@@ -29,6 +34,8 @@ class MetricsLog:
             self._writers.append(_WeightsAndBiases(config))
         for line in committed.splitlines():
             self._writers[0].write(json.loads(line))
+        for step, picture in pictures:
+            self._writers[0].picture(step, picture)
 
     def write(self, values: Mapping[str, Number | bool | None]) -> None:
         """Adds the line of one step; `values` holds "step"."""
@@ -38,6 +45,11 @@ class MetricsLog:
         self._file.flush()
         for writer in self._writers:
             writer.write(line)
+
+    def picture(self, step: int, picture: Image.Image) -> None:
+        """Shows the grid of pictures drawn after `step`."""
+        for writer in self._writers:
+            writer.picture(step, picture)
 
     def close(self) -> None:
         """Flushes everything."""
@@ -60,6 +72,9 @@ class _TensorBoard:
             if key != "step" and value is not None:
                 self._writer.add_scalar(f"train/{key}", float(value), line["step"])
 
+    def picture(self, step: int, picture: Image.Image) -> None:
+        self._writer.add_image("samples", np.asarray(picture), step, dataformats="HWC")
+
     def close(self) -> None:
         self._writer.close()
 
@@ -76,6 +91,11 @@ class _WeightsAndBiases:
 
     def write(self, line: Mapping[str, Any]) -> None:
         self._run.log({k: v for k, v in line.items() if k != "step" and v is not None}, step=line["step"])
+
+    def picture(self, step: int, picture: Image.Image) -> None:
+        import wandb
+
+        self._run.log({"samples": wandb.Image(picture)}, step=step)
 
     def close(self) -> None:
         self._run.finish()

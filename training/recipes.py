@@ -19,6 +19,7 @@ _RELEASED: dict[str, Any] = {
     "precision": "bfloat16",
     "text_encoder": "google/flan-t5-xl",
     "checkpointing": "selective",
+    "sample_every": 5000,
 }
 
 RECIPES: dict[str, dict[str, Any]] = {
@@ -35,6 +36,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "checkpoint_every": 150,
         "validation_every": 100,
         "validation_samples": 64,
+        "sample_every": 250,
         "held_out": 0.03,
         "text_encoder": "minilm",
     },

@@ -38,6 +38,8 @@ def show(run: str, store: Store, as_json: AsJson = False) -> None:
         return
     for key in ("run", "state", "step", "steps", "preset", "snapshot", "restarts", "held_out_bits_per_dim", "metrics"):
         print(f"{key:22} {found[key]}")
+    for key in found["sample_grids"][-1:]:
+        print(f"{'newest samples':22} {found['store']}/{key}")
     for event in found["events"]:
         print(f"  {event['time']}  {event['message']}")
 
@@ -76,12 +78,14 @@ def describe_run(store: str, run: str, brief: bool = False) -> dict[str, Any]:
 
     state: completed, running, preempted, failed, or interrupted (nobody writes it, nobody said why).
     step: last committed one, None before the first. metrics: local path of metrics.jsonl up to that step.
+    sample_grids: keys of the pictures drawn for held-out captions while it trained, oldest first.
     """
     from starflow import manifest
     from starflow.checkpoints import list_steps, load_manifest
     from starflow.errors import NotFoundError
     from starflow.objectstore import open_store
     from training.events import read_events
+    from training.samples import list_samples
     from training.supervisor import RUN_KIND, RUN_VERSION, run_key
 
     opened = open_store(store)
@@ -93,6 +97,7 @@ def describe_run(store: str, run: str, brief: bool = False) -> dict[str, Any]:
     events = read_events(opened, run)
     found: dict[str, Any] = {
         "run": run,
+        "store": opened.url,
         "state": _state(opened, run, config["steps"], steps, events),
         "step": steps[-1] if steps else None,
         "steps": config["steps"],
@@ -108,6 +113,7 @@ def describe_run(store: str, run: str, brief: bool = False) -> dict[str, Any]:
         "skipped": newest.progress.skipped if newest else 0,
         "restarts": max(0, sum(event["kind"] in ("started", "resumed") for event in events) - 1),
         "checkpoints": steps,
+        "sample_grids": list_samples(opened, run),
         "metrics": _local_metrics(opened, run, newest),
         "metrics_url": f"{opened.url}/runs/{run}/metrics.jsonl" if newest else None,
         "events": events,

@@ -26,7 +26,7 @@ from starflow.reader import SnapshotReader
 from starflow.snapshots import Snapshot, load_snapshot
 from training.architecture import architecture, check_data
 from training.checkpoint import Saver
-from training.conditions import make_conditioner
+from training.conditions import Conditioner, make_conditioner
 from training.ema import EMA
 from training.engine import Engine
 from training.examples import ExampleMaker
@@ -37,6 +37,7 @@ from training.loop import Loop, SaveFailedError, State, TrainingDivergedError
 from training.metrics import MetricsLog
 from training.processes import die_with_parent
 from training.resume import resume
+from training.samples import SampleGrids, earlier_samples
 
 #: Errors that come back however often the run is relaunched.
 FINAL_ERRORS = (ConfigError, CorruptError, LeaseHeldError, TrainingDivergedError, SaveFailedError)
@@ -85,6 +86,7 @@ class Rank:
         ema = EMA(engine.fragments)
         checkpoint = resume(store, config, engine, ema)
         self.heart.beat()
+        samples = self._samples(store, engine, ema, reader, conditioner)
         saver = Saver(config, config.store, engine, ema, self.attempt.owner)
         state = State()
         if checkpoint:
@@ -103,11 +105,14 @@ class Rank:
             flops_per_sample=training_flops(flow),
             beat=self.heart.beat,
             stop_requested=self._stop.is_set,
+            samples=samples,
         )
         try:
             completed = loop.run()
         finally:
             saver.close()
+            if samples:
+                samples.close()
             if loop.metrics:
                 loop.metrics.close()
         return Report(outcome="completed" if completed else "preempted")
@@ -130,7 +135,17 @@ class Rank:
     def _metrics(self, store: ObjectStore, checkpoint: Checkpoint | None) -> MetricsLog | None:
         if self.rank:
             return None
-        return MetricsLog(self.config, get(store, checkpoint.metrics) if checkpoint else b"")
+        if checkpoint is None:
+            return MetricsLog(self.config)
+        pictures = earlier_samples(store, self.config.run, checkpoint.step)
+        return MetricsLog(self.config, get(store, checkpoint.metrics), pictures)
+
+    def _samples(
+        self, store: ObjectStore, engine: Engine, ema: EMA, reader: SnapshotReader, conditioner: Conditioner
+    ) -> SampleGrids | None:
+        if self.config.sample_every is None:
+            return None
+        return SampleGrids(self.config, store, engine, ema, reader, conditioner)
 
 
 def main() -> None:

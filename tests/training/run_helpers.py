@@ -13,7 +13,7 @@ from training.launch import read_heartbeats
 from training.metrics import read_metrics
 
 #: What differs between two runs of the same computation.
-TIMING = {"seconds", "images_per_second", "data_wait", "text_seconds"}
+TIMING = {"seconds", "images_per_second", "data_wait", "text_seconds", "validation_seconds", "sample_seconds"}
 
 
 def command(config, tmp_path, environment=None, name=None):

@@ -17,7 +17,7 @@ TEXT_SHAPE = (6, 24)
 COUNT = 96
 
 
-def publish_samples(store, count=COUNT, seed=0):
+def publish_samples(store, count=COUNT, seed=0, vae=VAE):
     """Publishes `count` smooth random latents with captions and text states; returns the snapshot."""
     random = np.random.default_rng(seed)
     colour = random.normal(size=(count, 4, 1, 1))
@@ -28,5 +28,5 @@ def publish_samples(store, count=COUNT, seed=0):
     table = pa.table({"id": ids, "url": [f"http://x/{row}" for row in range(count)]})
     layer = LayerPlan(origin="alt-text", version="1", text=TEXT)
     captions = [f"picture {row}" for row in range(count)]
-    part = part_from_arrays(store, VAE, mean, std, table, [(layer, captions)], [states])
+    part = part_from_arrays(store, vae, mean, std, table, [(layer, captions)], [states])
     return publish(store, parent=None, parts=[part], image_size=16, attribution="made up")
