@@ -20,14 +20,17 @@ def kept(held_out: Mapping[int, float | None], keep_newest: int, keep_every: int
     return keep
 
 
-def prune(store: ObjectStore, run: str, keep_newest: int, keep_every: int | None) -> list[int]:
+def prune(store: ObjectStore, run: str, keep_newest: int, keep_every: int | None, dry_run: bool = False) -> list[int]:
     """Deletes checkpoints that need not stay, manifests first, and objects of saves that never committed.
 
-    Objects newer than the newest checkpoint stay: they may belong to a save in flight. Returns the steps deleted.
+    Objects newer than the newest checkpoint stay: they may belong to a save in flight. Returns the steps deleted, or
+    with `dry_run` those that would be.
     """
     manifests = {step: load_manifest(store, run, step) for step in list_steps(store, run)}
     keep = kept({step: m.progress.held_out_bits for step, m in manifests.items()}, keep_newest, keep_every)
     gone = [step for step in manifests if step not in keep]
+    if dry_run:
+        return gone
     store.delete(checkpoint_key(run, step) for step in gone)
     named = {ref.key for step in keep for ref in manifests[step].objects()}
     newest = max(manifests, default=-1)
