@@ -33,12 +33,13 @@ KIND, VERSION = "encode-plan", 1
 #: Parts end after so many full shards, which bounds what a reader loads of a part's captions at once.
 PART_SHARDS = 64
 
-_IMAGE = [("image_key", pa.string()), ("image_offset", pa.int64()), ("image_size", pa.int64())]
+_IMAGE = ("image_key", "image_offset", "image_size")
 _CAPTIONS = pa.list_(
     pa.struct([("text", pa.string()), ("origin", pa.string()), ("version", pa.string()), ("weight", pa.float32())])
 )
-_SPOOL = pa.schema([*(field for field in SAMPLES if field.name != "row"), *map(pa.field, *zip(*_IMAGE, strict=True)),
-                    ("captions", _CAPTIONS)])  # fmt: skip
+#: What the content of a part is known by: all that is not a function of it.
+_CONTENT = ["id", "url", "licence", "extra", "captions", *_IMAGE]
+_SPOOL = pa.schema([*(field for field in SAMPLES if field.name != "row"), ("captions", _CAPTIONS)])
 
 
 class EncodeConfig(Config):
@@ -160,7 +161,7 @@ def _read_table(store: ObjectStore, key: str) -> pa.Table:
     """A sample table in the columns of `_SPOOL`; those that it lacks are null."""
     try:
         table = pq.read_table(pa.BufferReader(store.read(key)))
-        for number, (name, _) in enumerate(_IMAGE):
+        for number, name in enumerate(_IMAGE):
             field = pa.compute.struct_field(table["image"], ["key", "offset", "size"][number])
             table = table.append_column(name, field)
         missing = [field for field in _SPOOL if field.name not in table.column_names and field.nullable]
@@ -209,7 +210,7 @@ class _Spool:
         layers: dict[tuple[Any, ...], int] = {}
         content, rows = hashlib.sha256(), 0
         for batch in pq.ParquetFile(file).iter_batches():
-            for sample in batch.select(["id", "url", "licence", "captions"]).to_pylist():
+            for sample in batch.select(_CONTENT).to_pylist():
                 content.update(json.dumps(sample, sort_keys=True).encode())
                 for key, _ in _keyed(sample["captions"]):
                     layers.setdefault(key, len(layers))

@@ -34,6 +34,10 @@ SAMPLES = pa.schema(
         ("phash", pa.int64()),
         ("licence", pa.string()),
         ("extra", pa.string()),  # further columns of the source, as JSON
+        # Where the original bytes lie in the store; null if never kept. They may be gone by now: check them by id.
+        ("image_key", pa.string()),
+        ("image_offset", pa.int64()),
+        ("image_size", pa.int64()),
     ]
 )
 CAPTIONS = pa.schema([("row", pa.int64()), ("caption", pa.string())])
@@ -238,7 +242,7 @@ def part_from_arrays(
     `samples` needs the columns id and url; the others of `SAMPLES` may be missing. A null id marks a hole.
     `text` has (N, L, E) states for each caption layer, or is empty.
     """
-    table = _complete(samples)
+    table = complete(samples)
     for number, (_, texts) in enumerate(captions):
         table = table.append_column(f"caption:{number}", pa.array(texts, pa.string()))
     content = io.BytesIO()
@@ -266,10 +270,56 @@ def part_from_arrays(
     return finish_part(store, plan, refs, (table.slice(span.start, span.stop - span.start) for span in spans))
 
 
-def _complete(samples: pa.Table) -> pa.Table:
+def complete(samples: pa.Table) -> pa.Table:
+    """The columns of `SAMPLES` but `row`; those that are missing are null, as in parts of earlier releases."""
     columns = [
         samples[field.name] if field.name in samples.column_names else pa.nulls(len(samples), field.type)
         for field in SAMPLES
         if field.name != "row"
     ]
     return pa.table(columns, names=SAMPLES.names[1:])
+
+
+def layer_id(layer: LayerPlan) -> str:
+    """Names what a layer added to a finished part holds: its origin, version and text encoder, not its weight."""
+    return hashlib.sha256(layer.model_dump_json(exclude={"weight"}).encode()).hexdigest()[:16]
+
+
+def add_layer(
+    store: ObjectStore,
+    part: Part,
+    layer: LayerPlan,
+    captions: Sequence[str | None],
+    states: tuple[ArraySpec, Sequence[ShardRef]] | None = None,
+) -> CaptionLayer:
+    """Writes one more caption layer of a finished part, whose other objects stay as they are.
+
+    `captions` has one a row; `states` are the written shards of the text states (see `write_states`).
+    """
+    name = layer_id(layer)
+    folder = f"parts/{part.id}/captions/{name}"
+    buffer = io.BytesIO()
+    table = pa.table([pa.array(np.arange(part.rows)), pa.array(captions, pa.string())], schema=CAPTIONS)
+    pq.write_table(table, buffer, compression="zstd", row_group_size=part.shard)
+    text = None
+    if layer.text is not None and states is not None:
+        spec, refs = states
+        array = f"text/{name}"
+        latents.write_metadata(store, part.id, {array: spec}, part.chunk, part.shard)
+        index = manifest.put(store, f"{folder}.index.parquet", write_index(refs))
+        text = TextStates(array=array, spec=spec, encoder=layer.text, index=index)
+    return CaptionLayer(
+        origin=layer.origin,
+        version=layer.version,
+        weight=layer.weight,
+        captions=manifest.put(store, f"{folder}.parquet", buffer.getvalue()),
+        text=text,
+    )
+
+
+def write_states(store: ObjectStore, part: Part, layer: LayerPlan, index: int, states: NDArray[Any]) -> ShardRef:
+    """Writes shard `index` of the text states (rows, L, E) of a layer to be added; see `write_shard`."""
+    array = f"text/{layer_id(layer)}"
+    data = latents.encode_shard(states.astype(np.float16, copy=False), part.chunk, part.shard)
+    ref = create_object(store, shard_key(part.id, array, index, 3), data)
+    return ShardRef(index=index, rows=len(states), objects={array: ref})

@@ -151,12 +151,13 @@ class SnapshotReader:
         ids: list[str] = self.samples(grid, ordinals)["id"].to_pylist() if len(ordinals) else []
         return ids
 
-    def captions(self, grid: Grid, ordinals: Ints) -> list[list[str]]:
-        """Every caption of each sample, heaviest layer first."""
+    def captions(self, grid: Grid, ordinals: Ints, origin: str | None = None) -> list[list[str]]:
+        """Every caption of each sample, heaviest layer first; only those of `origin` if it is given."""
         found: list[list[str]] = [[] for _ in ordinals]
         for place in self._places(grid, ordinals):
-            layers = sorted(range(len(place.part.part.captions)), key=lambda i: -place.part.weights[i])
-            for layer in layers:
+            layers = place.part.part.captions
+            wanted = [i for i, layer in enumerate(layers) if origin in (None, layer.origin)]
+            for layer in sorted(wanted, key=lambda i: -place.part.weights[i]):
                 for slot, text in zip(place.slots, place.part.captions(layer, place.rows), strict=True):
                     found[slot] += [text] if text else []
         return found

@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from starflow import manifest
 from starflow.errors import AlreadyExistsError, NotFoundError
 from starflow.latents import MappedShard, encode_shard
+from starflow.manifest import ObjectRef
 from starflow.objectstore import ObjectStore
-from starflow.parts import SAMPLES, LayerPlan, PartPlan, create_object, finish_part
+from starflow.parts import LayerPlan, PartPlan, complete, create_object, finish_part, text_array
 from starflow.shardindex import ShardIndex, ShardRef, held_out_candidates, read_index, shard_key
 from starflow.snapshots import ArraySpec, Part, Snapshot, newest_snapshot, publish
 from starflow.takedowns import Takedowns
@@ -81,8 +82,10 @@ def take_down(store: ObjectStore, requested: Takedowns) -> Removal:
 def without(store: ObjectStore, part: Part, samples: pa.Table, blocked: NDArray[np.bool_]) -> Part:
     """A copy of `part` in which the blocked samples (a mask over `samples`, the part's table) are holes of zeros."""
     removed = samples.filter(pa.array(blocked))
-    digest = hashlib.sha256("\n".join([part.id, *sorted(removed["id"].to_pylist())]).encode())
-    specs = dict(part.arrays) | {layer.text.array: layer.text.spec for layer in part.captions if layer.text}
+    layers = [layer.captions.sha256 for layer in part.captions]  # other layers may have been added to the same part
+    digest = hashlib.sha256("\n".join([part.id, *layers, *sorted(removed["id"].to_pylist())]).encode())
+    texts = {text_array(number): layer.text for number, layer in enumerate(part.captions) if layer.text}
+    specs = dict(part.arrays) | {name: text.spec for name, text in texts.items()}
     plan = PartPlan(
         id=digest.hexdigest()[:24],
         grid=part.grid,
@@ -96,37 +99,37 @@ def without(store: ObjectStore, part: Part, samples: pa.Table, blocked: NDArray[
         ),
         vae=part.vae,
     )
-    indices = {name: _index(store, part, name) for name in specs}
+    old = {name: (name, _index(store, part, part.index)) for name in part.arrays}
+    old |= {name: (text.array, _index(store, part, text.index)) for name, text in texts.items()}
     kept = samples.filter(pa.array(~blocked))
     removed_rows = removed["row"].to_numpy()
     with ThreadPoolExecutor(THREADS) as pool:
-        refs = pool.map(
-            lambda shard: _rewrite_shard(store, plan, indices, shard, removed_rows, kept), range(plan.shards)
-        )
+        refs = pool.map(lambda shard: _rewrite_shard(store, plan, old, shard, removed_rows, kept), range(plan.shards))
         return finish_part(store, plan, list(refs), _tables(store, part, plan, kept))
 
 
-def _index(store: ObjectStore, part: Part, array: str) -> ShardIndex:
-    texts = {layer.text.array: layer.text.index for layer in part.captions if layer.text}
-    return read_index(part.id, manifest.get(store, texts.get(array, part.index)), part.shard)
+def _index(store: ObjectStore, part: Part, index: ObjectRef) -> ShardIndex:
+    return read_index(part.id, manifest.get(store, index), part.shard)
 
 
 def _rewrite_shard(
     store: ObjectStore,
     plan: PartPlan,
-    indices: dict[str, ShardIndex],
+    old: dict[str, tuple[str, ShardIndex]],
     shard: int,
     removed: NDArray[np.int64],
     kept: pa.Table,
 ) -> ShardRef:
+    """`old` says, for each array of the plan, what it is called in the old part, and where its shards lie."""
     first, rows = shard * plan.shard, plan.shard_rows(shard)
     here = removed[(removed >= first) & (removed < first + rows)] - first
     objects = {}
     for name, spec in plan.arrays.items():
-        old = indices[name].object(name, shard, len(spec.shape))
-        data = manifest.get(store, old)
+        array, index = old[name]
+        ref = index.object(array, shard, len(spec.shape))
+        data = manifest.get(store, ref)
         if len(here):
-            data = _zeroed(data, spec, rows, plan, here, old.key)
+            data = _zeroed(data, spec, rows, plan, here, ref.key)
         objects[name] = create_object(store, shard_key(plan.id, name, shard, len(spec.shape)), data)
     ids: list[str | None] = [None] * rows
     for row, id in zip(kept["row"].to_pylist(), kept["id"].to_pylist(), strict=True):
@@ -151,7 +154,7 @@ def _tables(store: ObjectStore, part: Part, plan: PartPlan, kept: pa.Table) -> I
     for shard in range(plan.shards):
         first = shard * plan.shard
         chosen = place[first : first + plan.shard_rows(shard)]
-        table = kept.select(SAMPLES.names[1:]).take(pa.array(chosen, mask=chosen < 0))
+        table = complete(kept).take(pa.array(chosen, mask=chosen < 0))
         for number, layer in enumerate(captions):
             table = table.append_column(f"caption:{number}", layer["caption"].slice(first, len(chosen)))
         yield table
