@@ -85,7 +85,9 @@ def read_perceptual(files: Sequence[Path]) -> dict[str, Tensor]:
                 state |= load_file(file)
             else:
                 state |= torch.load(file, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, ValueError, TypeError, UnpicklingError, SafetensorError) as error:
+        except UnpicklingError as error:  # its own message advises to run the file's code
+            raise ConfigError(f"perceptual weights {file} hold something other than tensors by name") from error
+        except (OSError, RuntimeError, ValueError, TypeError, SafetensorError) as error:
             raise ConfigError(f"perceptual weights {file} cannot be read: {str(error).splitlines()[0]}") from error
     wanted = [f"features.{i}.{kind}" for group in VGG_GROUPS for i, _ in group for kind in ("weight", "bias")]
     wanted += [f"lin{number}.model.1.weight" for number in range(len(VGG_GROUPS))]
