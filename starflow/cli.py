@@ -32,6 +32,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "preview": ("pipelines.snapshots_cli", "preview", "Decode a few samples of a snapshot back to pictures."),
     "takedown": ("pipelines.snapshots_cli", "takedown", "Publish a snapshot without some samples, for good."),
     "plan": ("infra.plan_command", "plan", "Hours, dollars and storage of a data set and a model."),
+    "cluster": ("infra.cluster.command", "cluster", "Render container, Kubernetes, Ray and Terraform files."),
     "train": ("training.cli", "train", "Train a run, or resume it where it stopped."),
     "train-vae": ("training.vae_cli", "train_vae", "Train a small VAE on a folder of pictures."),
     "finetune-decoder": ("training.decoder_cli", "finetune_decoder", "Teach a VAE's decoder to decode noisy latents."),

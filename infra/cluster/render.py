@@ -1,0 +1,143 @@
+"""`starflow cluster render`: every file of a cluster from its settings."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from infra.cluster.kubernetes import manifests
+from infra.cluster.pods import DATABASE_SECRET, PREFECT_PORT, RAY_SECRET, SERVICE_ACCOUNT
+from infra.cluster.ray import aws_cluster, ray_cluster, refresh_job
+from infra.cluster.settings import ClusterSettings, NodeGroup
+
+HERE = Path(__file__).parent
+HEAD = "# Written by `starflow cluster render`: change the settings file and render again.\n"
+
+
+def render(settings: ClusterSettings, out: Path) -> list[Path]:
+    """Writes all files under `out`, over those of an earlier rendering; returns their paths, sorted."""
+    files = {
+        "kubernetes/10-prefect.yaml": _yaml(manifests(settings)),
+        "kubernetes/20-ray-cluster.yaml": _yaml([ray_cluster(settings)]),
+        "kubernetes/30-refresh-job.yaml": _yaml(refresh_job(settings)),
+        "ray-aws.yaml": _yaml([aws_cluster(settings)]),
+        "terraform/terraform.tfvars.json": json.dumps(terraform_variables(settings), indent=2) + "\n",
+        "refresh.yaml": _yaml([settings.refresh_settings()]),
+        "train.yaml": _yaml([settings.training_settings()]),
+        "NEXT.md": _next(settings),
+    }
+    for name, text in files.items():
+        path = out / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    copied = [
+        *_copy((HERE / "terraform").glob("*.tf"), out / "terraform"),
+        *_copy((HERE.parent / "images").glob("Dockerfile.*"), out / "images"),
+    ]
+    return sorted([*(out / name for name in files), *copied])
+
+
+def terraform_variables(settings: ClusterSettings) -> dict[str, Any]:
+    """Values of infra/cluster/terraform/variables.tf."""
+    groups = {"services": settings.services, "encode": settings.encode, "train": settings.train}
+    return {
+        "name": settings.name,
+        "account": settings.account,
+        "region": settings.region,
+        "zones": [settings.region + zone for zone in settings.zones],
+        "bucket": settings.bucket,
+        "namespace": settings.namespace,
+        "service_account": SERVICE_ACCOUNT,
+        "kubernetes_version": settings.kubernetes_version,
+        "api_networks": list(settings.api_networks),
+        "retention_days": settings.retention_days,
+        "groups": {name: _group(group, always=name == "services") for name, group in groups.items()},
+    }
+
+
+def _group(group: NodeGroup, always: bool) -> dict[str, Any]:
+    return {
+        "instance": group.instance,
+        "minimum": group.nodes if always else 0,
+        "maximum": group.nodes,
+        "gpus": group.gpus,
+        "disk_gib": group.disk_gib,
+        "spot": group.spot,
+    }
+
+
+def _yaml(documents: Sequence[dict[str, Any]]) -> str:
+    return HEAD + yaml.safe_dump_all(json.loads(json.dumps(documents)), sort_keys=False)
+
+
+def _copy(files: Any, folder: Path) -> list[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    return [Path(shutil.copy(file, folder / file.name)) for file in sorted(files)]
+
+
+def _next(settings: ClusterSettings) -> str:
+    """What to type, in order."""
+    space = settings.namespace
+    secrets = "\n".join(
+        f"kubectl -n {space} create secret generic {name} --from-literal={key}=$(openssl rand -hex 24)"
+        for name, key in ((DATABASE_SECRET, "password"), (RAY_SECRET, "auth_token"))
+    )
+    scale = (
+        f"aws eks update-nodegroup-config --region {settings.region} --cluster-name {settings.name} "
+        f"--nodegroup-name train --scaling-config desiredSize={settings.train.nodes}"
+    )
+    return f"""# From these files to a running cluster
+
+Images, from the root of the checkout:
+
+```sh
+docker build -f infra/images/Dockerfile.cpu -t {settings.cpu_image} .
+docker build -f infra/images/Dockerfile.cuda -t {settings.cuda_image} .
+docker push {settings.cpu_image}
+docker push {settings.cuda_image}
+```
+
+Network, bucket, roles, Kubernetes:
+
+```sh
+terraform -chdir=terraform init
+terraform -chdir=terraform apply
+aws eks update-kubeconfig --region {settings.region} --name {settings.name}
+```
+
+Add-ons that are not ours: GPUs for pods, and Ray (its operator goes into the namespace, which nothing outside reaches):
+
+```sh
+kubectl create namespace {space}
+helm install gpu nvidia-device-plugin --repo https://nvidia.github.io/k8s-device-plugin -n kube-system
+helm install kuberay kuberay-operator --repo https://ray-project.github.io/kuberay-helm --version 1.6.2 -n {space}
+```
+
+Secrets, then Prefect and Ray:
+
+```sh
+{secrets}
+kubectl apply -f kubernetes/10-prefect.yaml
+kubectl apply -f kubernetes/20-ray-cluster.yaml
+kubectl -n {space} port-forward service/prefect-server {PREFECT_PORT}:{PREFECT_PORT}   # http://localhost:{PREFECT_PORT}
+```
+
+One refresh without Prefect (after a failure, delete the job and apply it again: it resumes):
+
+```sh
+kubectl apply -f kubernetes/30-refresh-job.yaml
+```
+
+GPU machines begin at none. An autoscaler brings them, or you do, and take them away afterwards:
+
+```sh
+{scale}
+```
+
+Training: `starflow launch --on kubernetes --config train.yaml`; see the documentation.
+"""
