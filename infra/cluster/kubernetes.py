@@ -38,7 +38,7 @@ def metadata(settings: ClusterSettings, name: str, **labels: str) -> dict[str, A
 def _namespace(settings: ClusterSettings) -> list[Manifest]:
     role = f"arn:aws:iam::{settings.account}:role/{settings.name}-work"
     labels = {"pod-security.kubernetes.io/enforce": "baseline", "pod-security.kubernetes.io/warn": "restricted"}
-    same = {"from": [{"podSelector": {}}]}
+    same: Manifest = {"from": [{"podSelector": {}}]}
     return [
         {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": settings.namespace, "labels": labels}},
         {
