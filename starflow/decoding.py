@@ -8,17 +8,22 @@ for TARFlow: GS-Jacobi, arXiv 2505.12849, and selective Jacobi decoding, arXiv 2
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from starflow.model import Block, InverseOutput, KeyValues, STARFlow, at_least_float32, in_order
+from starflow.model import Block, InverseOutput, STARFlow, at_least_float32, in_order
 from starflow.packed import pack
 
 #: Called with the tokens finished so far, over all blocks.
 Progress = Callable[[int], None]
+#: Which tokens a call is about: a slice, or (n,) int64 positions on the device where shapes must not change.
+Place = slice | Tensor
 
 
 @dataclass
@@ -26,17 +31,51 @@ class Jacobi:
     """How to decode in parallel.
 
     tolerance: bound on the mean squared error against the sequential answer, relative to the signal's mean square.
-    window: tokens evaluated at once.
+    window: tokens evaluated at once; None: `best_window` of each block.
     guess_from: evaluated tokens whose mean Gaussian gives an entering token's first guess; 0: its noise is the guess.
-    blocks: over how many blocks the tolerance is shared.
-    evaluations: network evaluations that each block took, filled by the decoder, first decoded block first.
+    evaluations: (network evaluations, window) of each block, filled by the decoder, first decoded block first.
     """
 
     tolerance: float = 1e-3
-    window: int = 16
+    window: int | None = None
     guess_from: int = 4
-    blocks: int = 1
-    evaluations: list[int] = field(default_factory=list)
+    evaluations: list[tuple[int, int]] = field(default_factory=list)
+
+
+#: Factor of `best_window` by type of device: measured on a CPU (benchmarks/sampling.py), by arithmetic elsewhere.
+WINDOW_FACTOR = {"cpu": 4.0, "cuda": 14.0}
+
+
+def best_window(tokens: int, rows: int, device: str) -> int:
+    """The window that takes a block of `tokens` tokens and `rows` rows (guided ones count twice) the least time.
+
+    With a window of n, T tokens and R rows take about a T / n + b evaluations of c + d n R seconds, c being the time
+    to read the weights. The product is least where n = sqrt(a c / (b d)) sqrt(T / R); the first root is WINDOW_FACTOR.
+    """
+    return min(tokens, max(1, round(WINDOW_FACTOR.get(device, WINDOW_FACTOR["cuda"]) * math.sqrt(tokens / rows))))
+
+
+class KeyValues:
+    """Preallocated keys (already rotated) and values of one layer while it runs token by token.
+
+    keys, values: (R, S, N, d) for R rows and S positions; zero, not arbitrary, where nothing was written yet.
+    The caller sets for each call of n tokens: `place`, where they are; `end`, how many positions they look at; and
+    `mask` (n, end), additive, unless each of them may look at all of those.
+    """
+
+    def __init__(self, rows: int, length: int, heads: int, head_dim: int, like: Tensor) -> None:
+        self.keys = like.new_zeros(rows, length, heads, head_dim)
+        self.values = torch.zeros_like(self.keys)
+        self.place: Place = slice(0, 0)
+        self.end = 0
+        self.mask: Tensor | None = None
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of q (R, n, N, d) over what precedes and itself, after storing k and v at `place`."""
+        self.keys[:, self.place] = k
+        self.values[:, self.place] = v
+        keys, values = self.keys[:, : self.end].transpose(1, 2), self.values[:, : self.end].transpose(1, 2)
+        return F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, self.mask).transpose(1, 2)
 
 
 class BlockDecoder:
@@ -69,27 +108,34 @@ class BlockDecoder:
         distinct, row = torch.unique(text, dim=0, return_inverse=True)
         h = self.block.prefix(distinct)
         assert h is not None
-        prefills = self._caches(len(distinct), self.prefix_length)
+        length = self.prefix_length
+        prefills = self._caches(len(distinct), length)
+        mask = self.masks.new_full((length, length), -torch.inf).triu_(1)
         for layer, prefill, cache in zip(self.layers, prefills, self.caches, strict=True):
-            prefill.mask = self.masks.new_full((self.prefix_length,) * 2, -torch.inf).triu_(1)
-            h = layer(h, self.rotary[:, : self.prefix_length], prefill)
-            cache.keys[:, : self.prefix_length] = prefill.keys[row]
-            cache.values[:, : self.prefix_length] = prefill.values[row]
+            prefill.place, prefill.end, prefill.mask = slice(0, length), length, mask
+            h = layer(h, self.rotary[:, :length], prefill)
+            cache.keys[:, :length] = prefill.keys[row]
+            cache.values[:, :length] = prefill.values[row]
 
-    def __call__(self, before: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        """sigma, mean (B, n, D) of tokens start .. start + n - 1, given `before` (B, n, D), each one's predecessor.
+    def __call__(self, before: Tensor, place: Place, end: int) -> tuple[Tensor, Tensor]:
+        """sigma, mean (B, n, D) of the n consecutive tokens at `place`, given `before` (B, n, D), their predecessors.
 
-        The cache must hold what precedes `start`; it then holds these tokens as well.
+        end: how many tokens to look at; those after a token's own place are masked. With positions as a tensor
+        and an `end` above the last one, this computes the same as with a slice that ends at `end`, in shapes that
+        do not depend on the place. The cache must hold what precedes, and then holds these tokens as well.
         """
-        count = before.shape[1]
-        first = self.prefix_length + start
+        prefix = self.prefix_length
+        if isinstance(place, slice):
+            inside: Place = slice(place.start + prefix, place.stop + prefix)
+            mask = None if before.shape[1] == 1 else self.masks[place, : prefix + end]
+        else:
+            inside, mask = place + prefix, self.masks[place, : prefix + end]
         h = self.block.embed(before.to(self.block.embed.weight.dtype))
         if self.guidance:
             h = torch.cat([h, h])
-        rotary = self.rotary[:, first : first + count]
-        mask = None if count == 1 else self.masks[start : start + count, : first + count]
+        rotary = self.rotary[:, inside]
         for layer, cache in zip(self.layers, self.caches, strict=True):
-            cache.start, cache.mask = first, mask
+            cache.place, cache.end, cache.mask = inside, prefix + end, mask
             h = layer(h, rotary, cache)
         sigma, mean = self.block.head(h)
         return guide(sigma, mean, self.guidance) if self.guidance else (sigma, mean)
@@ -106,38 +152,96 @@ def guide(sigma: Tensor, mean: Tensor, w: float) -> tuple[Tensor, Tensor]:
     return sigma_c * q.rsqrt(), ((1 + w) * mean_c - w * s * mean_u) / q
 
 
+class Steps:
+    """Runs `step(place, end)` on a window of `size` tokens that moves over a sequence.
+
+    On a CPU the place is a slice and exactly what precedes is looked at. On a GPU, where starting kernels takes
+    longer than running them, shapes are fixed: the place is a tensor on the device and `end` a multiple of BUCKET, so
+    that one CUDA graph for each bucket replays all of its steps. At the end of the sequence the window stays full
+    and reaches back instead. `step` must be a function of its arguments and of tensors that it updates in place.
+    """
+
+    #: Tokens by which what is looked at grows from one graph to the next.
+    BUCKET = 256
+    #: Device types with fixed shapes.
+    FIXED = ("cuda",)
+
+    def __init__(self, step: Callable[[Place, int], Any], tokens: int, size: int, device: torch.device) -> None:
+        self.step, self.tokens, self.size, self.device = step, tokens, min(size, tokens), device
+        self.offsets = torch.arange(self.size, device=device)
+        self.place = self.offsets.clone()
+        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Any]] = {}
+
+    def __call__(self, start: int) -> Any:
+        """What `step` returns for the tokens from `start`; on a GPU valid until the next call."""
+        stop = min(start + self.size, self.tokens)
+        if self.device.type not in self.FIXED:
+            return self.step(slice(start, stop), stop)
+        torch.add(self.offsets, stop - self.size, out=self.place)
+        end = min(self.tokens, -(-stop // self.BUCKET) * self.BUCKET)
+        if end in self.graphs:
+            graph, outputs = self.graphs[end]
+            graph.replay()
+            return outputs
+        outputs = self.step(self.place, end)
+        if self.device.type == "cuda":
+            self._capture(end)
+        return outputs
+
+    def _capture(self, end: int) -> None:
+        """Records the step that has just run, which initialised all that may not be initialised while recording."""
+        graph = torch.cuda.CUDAGraph()
+        pool = next((other.pool() for other, _ in self.graphs.values()), None)
+        with torch.cuda.graph(graph, pool=pool):
+            outputs = self.step(self.place, end)
+        self.graphs[end] = graph, outputs
+
+
 def decode_sequential(decoder: BlockDecoder, z: Tensor, progress: Progress) -> tuple[Tensor, Tensor]:
     """u and log sigma (B, T, D), one token at a time: the exact answer."""
-    u, sigmas = torch.empty_like(z), torch.empty_like(z)
-    before = decoder.block.start.to(z.dtype).expand(len(z), 1, -1)
+    sequence = torch.cat([decoder.block.start.to(z.dtype).expand(len(z), 1, -1), z], dim=1)
+    u, sigmas = sequence[:, 1:], torch.empty_like(z)  # `sequence` holds each token's predecessor
+
+    def step(place: Place, end: int) -> None:
+        sigma, mean = decoder(sequence[:, place], place, end)
+        u[:, place] = torch.addcmul(mean, z[:, place], sigma)
+        sigmas[:, place] = sigma
+
+    steps = Steps(step, z.shape[1], 1, z.device)
     for i in range(z.shape[1]):
-        sigma, mean = decoder(before, i)
-        sigmas[:, i : i + 1] = sigma
-        before = torch.addcmul(mean, z[:, i : i + 1], sigma)
-        u[:, i : i + 1] = before
+        steps(i)
         progress(1)
-    return u, sigmas.log_()
+    return u.contiguous(), sigmas.log_()
 
 
-def decode_jacobi(decoder: BlockDecoder, z: Tensor, jacobi: Jacobi, progress: Progress) -> tuple[Tensor, Tensor]:
-    """u and log sigma (B, T, D) by Jacobi iteration on a sliding window.
+def decode_jacobi(
+    decoder: BlockDecoder, z: Tensor, jacobi: Jacobi, tolerance: float, progress: Progress
+) -> tuple[Tensor, Tensor]:
+    """u and log sigma (B, T, D) by Jacobi iteration on a sliding window, within this block's `tolerance`.
 
     Each evaluation releases the tokens at the front of the window whose predecessors no longer move (at least
     one: the first is exact) and lets as many enter at the back. An entering token starts from its noise under
     the mean Gaussian of the last tokens evaluated, which is nearer than the noise itself.
     """
     tokens = z.shape[1]
+    window = jacobi.window or best_window(tokens, decoder.rows, z.device.type)
     sequence = torch.cat([decoder.block.start.to(z.dtype).expand(len(z), 1, -1), z], dim=1)
-    u, sigmas = sequence[:, 1:], torch.empty_like(z)  # `sequence` holds each token's predecessor
-    stop = StoppingRule(jacobi.tolerance / jacobi.blocks)
+    u, sigmas = sequence[:, 1:], torch.empty_like(z)
+
+    def step(place: Place, end: int) -> tuple[Tensor, Tensor, Tensor]:
+        sigma, mean = decoder(sequence[:, place], place, end)
+        new = torch.addcmul(mean, z[:, place], sigma)
+        change = (new - u[:, place]).square().mean(-1).amax(0) / new.square().mean()
+        u[:, place] = new
+        sigmas[:, place] = sigma
+        return sigma, mean, change
+
+    steps, stop = Steps(step, tokens, window, z.device), StoppingRule(tolerance)
     start = evaluations = 0
     while start < tokens:
-        end = min(start + jacobi.window, tokens)
-        sigma, mean = decoder(sequence[:, start:end], start)
-        new = torch.addcmul(mean, z[:, start:end], sigma)
-        change = (new - u[:, start:end]).square().mean(-1).amax(0) / new.square().mean()
-        u[:, start:end], sigmas[:, start:end] = new, sigma
-        released = stop(change)
+        sigma, mean, change = steps(start)
+        end = min(start + window, tokens)
+        released = stop(change[start - end :])
         entering = slice(end, min(end + released, tokens))
         if jacobi.guess_from:
             last = slice(-jacobi.guess_from, None)
@@ -145,7 +249,7 @@ def decode_jacobi(decoder: BlockDecoder, z: Tensor, jacobi: Jacobi, progress: Pr
         evaluations += 1
         progress(released)
         start += released
-    jacobi.evaluations.append(evaluations)
+    jacobi.evaluations.append((evaluations, window))
     return u.contiguous(), sigmas.log_()
 
 
@@ -176,7 +280,7 @@ class StoppingRule:
         limit = self.tolerance * min(1.0, (max(0.0, 1 - g) / max(g, 1e-6)) ** 2)
         far = (change > limit).nonzero()
         released = min(int(far[0]) + 1, len(change)) if len(far) else len(change)
-        self.waiting = change[released:]
+        self.waiting = change[released:].clone()  # a replayed graph would overwrite it
         return released
 
 
@@ -195,19 +299,19 @@ def invert(
         _, null_text = model.check(z, null_text)
     u = model.patchify(at_least_float32(z))
     rotary = model.rotary(grid, u.device, u.dtype)
+    guided = [guidance if block.sees_text else 0.0 for block in model.blocks]
+    # What an evaluation of each block costs: a costly block gets as much more of the tolerance, which is shared.
+    costs = [layers * (2 if w else 1) for layers, w in zip(model.config.layers, guided, strict=True)]
     logdets = []
-    if jacobi is not None:
-        jacobi.blocks = len(model.blocks)
     for k in reversed(range(len(model.blocks))):
         block: Block = model.blocks[k]  # type: ignore[assignment]
-        guided = guidance if block.sees_text else 0.0
-        rows = torch.cat([text, null_text]) if guided and text is not None and null_text is not None else text
-        decoder = BlockDecoder(block, u.shape[1], rotary, rows, len(u), guided)
+        rows = torch.cat([text, null_text]) if guided[k] and text is not None and null_text is not None else text
+        decoder = BlockDecoder(block, u.shape[1], rotary, rows, len(u), guided[k])
         u = in_order(k, u)
         if jacobi is None:
             u, logdet = decode_sequential(decoder, u, progress)
         else:
-            u, logdet = decode_jacobi(decoder, u, jacobi, progress)
+            u, logdet = decode_jacobi(decoder, u, jacobi, jacobi.tolerance * costs[k] / sum(costs), progress)
         u = in_order(k, u)
         logdets.append(logdet)
     return InverseOutput(model.unpatchify(u, grid), logdets[::-1])

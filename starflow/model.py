@@ -25,7 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,9 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from starflow.architecture import TEXT_ANGLES
 from starflow.architecture import FlowConfig as FlowConfig  # its public home is here
+
+if TYPE_CHECKING:
+    from starflow.decoding import KeyValues
 
 #: The head's pre-activations pass through CLIP * tanh(v / CLIP).
 CLIP = 4.0
@@ -113,28 +116,6 @@ def rotary_table(angles: Tensor) -> Tensor:
     """(S, d/2) angles -> (2, S, 1, d): cosines, and sines that carry the sign of the other half's share."""
     cos, sin = angles.cos(), angles.sin()
     return torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)]).unsqueeze(2)
-
-
-class KeyValues:
-    """Preallocated keys (already rotated) and values of one layer while it runs token by token.
-
-    keys, values: (R, S, N, d) for R rows and at most S positions. The caller sets `start`, the position of the
-    next call's first token, and `mask` (n, start + n), additive, when that call has n > 1 tokens.
-    """
-
-    def __init__(self, rows: int, length: int, heads: int, head_dim: int, like: Tensor) -> None:
-        self.keys = like.new_empty(rows, length, heads, head_dim)
-        self.values = torch.empty_like(self.keys)
-        self.start = 0
-        self.mask: Tensor | None = None
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention of q (R, n, N, d) over what precedes and itself, after storing k and v at `start`."""
-        end = self.start + k.shape[1]
-        self.keys[:, self.start : end] = k
-        self.values[:, self.start : end] = v
-        keys, values = self.keys[:, :end].transpose(1, 2), self.values[:, :end].transpose(1, 2)
-        return F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, self.mask).transpose(1, 2)
 
 
 class Attention(nn.Module):

@@ -24,7 +24,7 @@ def sample(
     guidance: float = 0.0,
     method: Method = "sequential",
     tolerance: float = 1e-3,
-    window: int = 16,
+    window: int | None = None,
     progress: Progress = lambda tokens: None,
 ) -> Tensor:
     """Draws latents (B, C, H, W), float32 at least, from standard normal `noise` of that shape (any grid).
@@ -34,7 +34,7 @@ def sample(
         class-conditional model takes its "no label" embedding instead.
     guidance: w of classifier-free guidance on the text block's Gaussians; 0 is none.
     method: "sequential" is exact; "jacobi" differs from it by a mean squared error below `tolerance` times the
-        sample's mean square, evaluating up to `window` tokens at once (larger on a GPU, which has room).
+        sample's mean square, evaluating `window` tokens at once (None: `best_window` of each block).
     progress: called with the number of tokens just finished; there are tokens x blocks in all.
 
     The network runs in the dtype of its weights, the Gaussians and the sample in float32.
@@ -44,7 +44,7 @@ def sample(
         raise ValueError(f"method {method!r} is not one of 'sequential', 'jacobi'")
     if not (math.isfinite(guidance) and guidance >= 0):
         raise ValueError(f"guidance {guidance} must be finite and at least 0")
-    if tolerance <= 0 or window < 1:
+    if tolerance <= 0 or (window is not None and window < 1):
         raise ValueError(f"tolerance {tolerance} must be above 0 and window {window} at least 1")
     if guidance and model.config.text_length:
         if null_text is None:

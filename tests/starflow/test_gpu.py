@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from starflow.decoding import BlockDecoder, Steps
 from starflow.model import STARFlow
 from starflow.presets import PRESETS
 from starflow.sampling import sample
@@ -27,6 +30,41 @@ def test_gpu_and_cpu_agree() -> None:
     torch.testing.assert_close(again.cpu(), drawn, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_recorded_steps_equal_the_steps_themselves(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sequential and Jacobi samples by CUDA graphs, over several buckets and batches, and without graphs."""
+    flow = random_flow(replace(TEXT, grid=(8, 8)), std=0.05).cuda().to(dtype)
+    noise, text = (x.cuda() for x in inputs(flow.config, batch=3))
+    arguments = (flow, noise, text, text[:1] * 0, 2.0)
+    monkeypatch.setattr(Steps, "BUCKET", 24)
+    recorded = [sample(*arguments) for _ in range(2)]
+    jacobi = sample(*arguments, method="jacobi", window=8)
+    monkeypatch.setattr(Steps, "_capture", lambda steps, end: None)
+    torch.testing.assert_close(recorded[0], recorded[1], rtol=0, atol=0)
+    torch.testing.assert_close(recorded[0], sample(*arguments), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(jacobi, sample(*arguments, method="jacobi", window=8), rtol=1e-5, atol=1e-5)
+    monkeypatch.setattr(Steps, "FIXED", ())
+    limit = 1e-3 if dtype == torch.float32 else 1e-1
+    torch.testing.assert_close(recorded[0], sample(*arguments), rtol=limit, atol=limit)
+
+
+def test_a_step_is_recorded_once_a_bucket() -> None:
+    runs = []
+    total = torch.zeros(64, device="cuda")
+
+    def step(place: torch.Tensor, end: int) -> torch.Tensor:
+        runs.append(end)
+        total[place] = total[place] + end
+        return total.sum()
+
+    steps = Steps(step, 600, 4, total.device)
+    steps.BUCKET = 256
+    with torch.inference_mode():
+        sums = [float(steps(start)) for start in (0, 4, 8, 0)]
+    assert runs == [256, 256]  # once for itself, once to record it
+    assert sums == [1024.0, 2048.0, 3072.0, 4096.0]
+
+
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 def test_compiled_bfloat16_training_step(checkpointing: str) -> None:
     flow = random_flow(TEXT).cuda().bfloat16().train()
@@ -41,8 +79,6 @@ def test_compiled_bfloat16_training_step(checkpointing: str) -> None:
 
 def test_released_shape_samples_within_24_gib() -> None:
     """256 x 256, batch 8, guided, bfloat16; a few tokens of every block are enough to touch all memory."""
-    from starflow.decoding import BlockDecoder
-
     config = PRESETS["t2i-256"]
     with torch.device("meta"):
         flow = STARFlow(config)
@@ -56,6 +92,6 @@ def test_released_shape_samples_within_24_gib() -> None:
         for block in flow.blocks:
             sees = block.sees_text
             decoder = BlockDecoder(block, 1024, table, text if sees else None, 8, 2.0 if sees else 0.0)
-            sigma, _ = decoder(torch.randn(8, 16, 4, device="cuda"), 1008)
+            sigma, _ = decoder(torch.randn(8, 16, 4, device="cuda"), slice(1008, 1024), 1024)
             assert torch.isfinite(sigma).all()
     assert torch.cuda.max_memory_allocated() < 24 * 2**30

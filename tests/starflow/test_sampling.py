@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from starflow.decoding import BlockDecoder, Jacobi, StoppingRule, guide, invert
+from starflow.decoding import BlockDecoder, Jacobi, Steps, StoppingRule, best_window, guide, invert
 from starflow.model import FlowConfig, STARFlow, in_order
 from starflow.sampling import denoise, draw_noise, sample
 from tests.starflow.flows import LABELS, PLAIN, TEXT, inputs, random_flow
@@ -57,8 +57,8 @@ def test_cached_equals_uncached(config: FlowConfig, guidance: float) -> None:
 
 @pytest.mark.parametrize("std", [0.05, 0.1, 0.15])
 @pytest.mark.parametrize("tolerance", [1e-2, 1e-3, 1e-5])
-@pytest.mark.parametrize("window", [4, 16, 64])
-def test_jacobi_stays_within_its_tolerance(std: float, tolerance: float, window: int) -> None:
+@pytest.mark.parametrize("window", [4, 16, None])
+def test_jacobi_stays_within_its_tolerance(std: float, tolerance: float, window: int | None) -> None:
     for seed in range(3):
         flow = random_flow(GUIDED, seed, std)
         noise, text = inputs(GUIDED, batch=2, seed=seed)
@@ -74,8 +74,74 @@ def test_jacobi_needs_fewer_evaluations_than_tokens() -> None:
     jacobi = Jacobi(1e-3, 16)
     with torch.inference_mode():
         invert(flow, noise, text, jacobi=jacobi)
-    assert len(jacobi.evaluations) == 3
-    assert max(jacobi.evaluations) <= 64 / 3
+    assert [window for _, window in jacobi.evaluations] == [16] * 3
+    assert max(evaluations for evaluations, _ in jacobi.evaluations) <= 64 / 3
+
+
+def test_windows_suit_each_block() -> None:
+    """Guided blocks have twice the rows, so smaller windows; none exceeds the sequence."""
+    assert best_window(256, 1, "cpu") > best_window(256, 2, "cpu") > best_window(256, 8, "cpu") >= 16
+    assert best_window(1024, 16, "cuda") > best_window(1024, 16, "cpu")
+    assert best_window(4, 1, "cpu") == 4
+    flow = random_flow(GUIDED, std=0.05)
+    noise, text = inputs(GUIDED)
+    jacobi = Jacobi()
+    with torch.inference_mode():
+        invert(flow, noise, text, torch.zeros_like(text), 2.0, jacobi)
+    deep, *shallow = (window for _, window in jacobi.evaluations)
+    assert shallow == [best_window(64, 2, "cpu")] * 2
+    assert deep == best_window(64, 4, "cpu")
+
+
+def fixed_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decode as on a GPU, but for the recording of graphs."""
+    monkeypatch.setattr(Steps, "FIXED", ("cpu",))
+    monkeypatch.setattr(Steps, "BUCKET", 24)
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_a_step_of_fixed_shapes_equals_one_of_growing_shapes(count: int) -> None:
+    flow = random_flow(TEXT)
+    table = flow.rotary((4, 4), torch.device("cpu"), torch.float32)
+    _, text = inputs(TEXT, batch=4)
+    before = torch.randn(2, 16, 4)
+    with torch.inference_mode():
+        growing, fixed = (BlockDecoder(flow.blocks[2], 16, table, text, 2, 1.5) for _ in range(2))
+        for start in range(0, 16 - count, count):
+            stop, place = start + count, torch.arange(start, start + count)
+            expected = growing(before[:, start:stop], slice(start, stop), stop)
+            for one, other in zip(fixed(before[:, start:stop], place, 16), expected, strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    for one, other in zip(fixed.caches, growing.caches, strict=True):
+        torch.testing.assert_close(one.keys, other.keys, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", [GUIDED, PLAIN, LABELS])
+@pytest.mark.parametrize("window", [None, 5, 64])
+def test_fixed_shapes_draw_the_same_sample(
+    config: FlowConfig, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flow = random_flow(config)
+    noise, text = inputs(config)
+    null = torch.zeros_like(text) if config.text_length else None
+    expected = sample(flow, noise, text, null, 1.5)
+    fixed_shapes(monkeypatch)
+    torch.testing.assert_close(sample(flow, noise, text, null, 1.5), expected, rtol=1e-4, atol=1e-5)
+    x = sample(flow, noise, text, null, 1.5, method="jacobi", window=window)
+    assert relative_mse(x, expected) < 1e-3
+    close = sample(flow, noise, text, null, 1.5, method="jacobi", tolerance=1e-12, window=window)
+    torch.testing.assert_close(close, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_fixed_shapes_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU records: one shape for each bucket of 24 tokens, whatever the place."""
+    fixed_shapes(monkeypatch)
+    seen = set()
+    steps = Steps(lambda place, end: seen.add((tuple(place.shape), end)), 64, 7, torch.device("cpu"))
+    for start in range(64):
+        steps(start)
+    assert seen == {((7,), 24), ((7,), 48), ((7,), 64)}
+    assert steps.place.tolist() == list(range(57, 64))  # full to the end
 
 
 def test_jacobi_is_exact_where_iteration_does_not_contract() -> None:
