@@ -10,20 +10,22 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
-from pipelines.captioners import AltText, Captioner
+from pipelines.captioners import AltText
 from pipelines.config import RefreshConfig
 from pipelines.crawl import OUTCOME, fetch_batch
 from pipelines.datasets import import_batch
 from pipelines.filters import load_score
 from pipelines.ledger import get_table, put_table
+from pipelines.originals import Picture
 from pipelines.plan import ROWS, Batch
+from pipelines.revalidation import left_rows
 from pipelines.texts import caption_quality
 from starflow import manifest
 from starflow.config import Config
@@ -31,6 +33,9 @@ from starflow.errors import AlreadyExistsError, NotFoundError
 from starflow.images import ImageError, decode_image
 from starflow.manifest import ObjectRef
 from starflow.objectstore import ObjectStore
+
+if TYPE_CHECKING:
+    from pipelines.captioning import Captioning
 
 VERSION = 1
 #: URLs kept as examples of each reason, for reports.
@@ -58,10 +63,11 @@ SAMPLES = pa.schema(
 
 
 class CrawlRecord(Config):
-    """What fetching a batch gave: the tar of original bytes and the table with one row a URL."""
+    """What fetching a batch gave: the tar of original bytes, the table with one row a URL, and what has left."""
 
     images: ObjectRef | None
     fetched: ObjectRef
+    left: ObjectRef | None = None
     statuses: dict[str, int]
     reasons: dict[str, int]
     examples: dict[str, list[str]]
@@ -137,10 +143,12 @@ def crawl_batch(
     table, tar = _pack(rows, outcomes.sort_by("row"), folder)
     images = _upload(store, batch, tar) if tar is not None else None
     shutil.rmtree(folder, ignore_errors=True)
+    left = left_rows(table)
     failed = table.filter(pc.invert(pc.is_in(table["status"], pa.array(["ok", "unchanged"]))))
     record = CrawlRecord(
         images=images,
         fetched=put_table(store, f"{batch.folder}fetched", table),
+        left=put_table(store, f"{batch.folder}left", left) if len(left) else None,
         statuses=dict(Counter(table["status"].to_pylist())),
         reasons=dict(Counter(failed["reason"].to_pylist())),
         examples=examples(failed["reason"].to_pylist(), failed["url"].to_pylist()),
@@ -247,7 +255,7 @@ def _upload(store: ObjectStore, batch: Batch, tar: Path) -> ObjectRef:
 
 
 def caption_batch(
-    store: ObjectStore, batch: Batch, crawl: CrawlRecord, captioner: Captioner, config: RefreshConfig, work: Path
+    store: ObjectStore, batch: Batch, crawl: CrawlRecord, captioner: AltText | Captioning, config: RefreshConfig
 ) -> CaptionRecord:
     """Captions the batch's pictures: with the list's own text, and with `captioner` if it is another one."""
     table = get_table(store, crawl.fetched)
@@ -256,7 +264,7 @@ def caption_batch(
     own_weight = 1.0 if isinstance(captioner, AltText) else config.alt_weight
     layers = [(AltText.name, AltText.version, own_weight, alts)]
     if not isinstance(captioner, AltText) and crawl.images is not None:
-        texts = _model_captions(store, crawl.images, table, alts, captioner, work)
+        texts = _model_captions(store, batch, crawl.images, table, alts, captioner)
         layers.append((captioner.name, captioner.version, 1.0, texts))
     captions = [
         [
@@ -273,18 +281,18 @@ def caption_batch(
         captioner=f"{captioner.name} {captioner.version}",
         quality=caption_quality([str(each[-1]["text"]) if each else "" for each in captions]),
     )
-    return commit_record(store, batch, record)  # type: ignore[no-any-return]
+    committed: CaptionRecord = commit_record(store, batch, record)
+    store.delete([info.key for info in store.list(f"{batch.folder}captions/")])
+    return committed
 
 
 def _model_captions(
-    store: ObjectStore, images: ObjectRef, table: pa.Table, alts: list[str], captioner: Captioner, work: Path
+    store: ObjectStore, batch: Batch, images: ObjectRef, table: pa.Table, alts: list[str], captioner: Captioning
 ) -> list[str]:
-    texts = [""] * len(table)
-    for rows, pictures in _pictures(store, images, table, work):
-        answers = captioner.caption(pictures, [alts[row] for row in rows])
-        for row, text in zip(rows, answers, strict=True):
-            texts[row] = " ".join(text.split())
-    return texts
+    prefix = f"{batch.folder}captions/"
+    places = zip(table["offset"].to_pylist(), table["size"].to_pylist(), strict=True)
+    pictures = [Picture(row, images.key, offset, size) for row, (offset, size) in enumerate(places)]
+    return captioner.captions(prefix, pictures, alts)
 
 
 def _pictures(

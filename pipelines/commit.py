@@ -18,6 +18,7 @@ from pipelines import batches
 from pipelines.filters import FILTERS_VERSION
 from pipelines.ledger import KEPT, MOMENT, SCHEMA, Spill, get_table, newest
 from pipelines.plan import Batch
+from pipelines.revalidation import LEFT, with_history, without_left
 from pipelines.state import RefreshState
 from starflow import snapshots
 from starflow.errors import AlreadyExistsError, StarflowError
@@ -43,22 +44,33 @@ def publish_snapshot(state: RefreshState) -> dict[str, Any]:
             )
         state.published = state.parent
         return {"added": 0}
-    ledger_files, kept, dropped = _write_ledger(state)
+    left = state.left()
+    ledger_files, kept, dropped = _write_ledger(state, left)
     state.dropped = dict(sorted(dropped.items()))
     parts = list(state.encoded.parts) if state.encoded is not None else []
-    if not sum(part.count for part in parts):
-        try:
+    added = sum(part.count for part in parts)
+    try:
+        if not added and not len(left):
             _check_worth_keeping(state)
-        except StarflowError:
-            state.ledger.discard(ledger_files, kept)
-            state.workspace.delete()
-            raise
-        state.published = state.parent
-    else:
-        state.published = _publish(state, parts)
+            state.published = state.parent
+        else:
+            state.published = _publish(state, parts, left)
+    except NothingLeftError:
+        state.ledger.discard(ledger_files, kept)
+        state.workspace.delete()
+        raise
     snapshot = state.published.id if state.published else None
     state.ledger.commit(snapshot, ledger_files, kept)
-    return {"added": sum(part.count for part in parts), "snapshot": snapshot, "dropped": state.dropped}
+    return {"added": added, "snapshot": snapshot, "dropped": state.dropped, "removed": _removed(state)}
+
+
+class NothingLeftError(StarflowError):
+    """A refresh that would publish no sample at all; it is forgotten, and its URLs are asked anew next time."""
+
+
+def _removed(state: RefreshState) -> dict[str, int]:
+    new = state.published is not None and state.published != state.parent
+    return state.published.removed if new and state.published else {}
 
 
 def _check_worth_keeping(state: RefreshState) -> None:
@@ -72,7 +84,7 @@ def _check_worth_keeping(state: RefreshState) -> None:
     counted = ", ".join(f"{reason} {count}" for reason, count in state.dropped.items())
     asked = sum(batch.count for plan in state.plans if not plan.round for batch in plan.batches)
     remedy = "check the network, and allow_host for hosts of your own" if reasons <= _OURS else "check the list"
-    raise StarflowError(
+    raise NothingLeftError(
         f"none of {asked} URLs of {state.config.urls} gave a usable picture ({counted}); {remedy}, "
         "then run the same command again"
     )
@@ -89,26 +101,33 @@ def finish_published(state: RefreshState) -> None:
     snapshot = state.find_published() if state.plans else None
     if snapshot is None:
         return
-    files, kept, dropped = _write_ledger(state)
+    files, kept, dropped = _write_ledger(state, state.left())
     state.ledger.commit(snapshot.id, files, kept)
     state.open()
     state.recovered, state.dropped = True, dict(sorted(dropped.items()))
 
 
-def _publish(state: RefreshState, parts: list[Part]) -> Snapshot:
+def _publish(state: RefreshState, parts: list[Part], left: pa.Table) -> Snapshot:
     try:
-        return _publish_on(state, state.parent, parts)
+        return _publish_on(state, state.parent, parts, left)
     except AlreadyExistsError:
         newest_one = snapshots.newest_snapshot(state.store)
         ours = state.find_published()
         if newest_one is None or ours is not None or newest_one.takedowns != state.takedowns_ref:
             # Another process ends this very refresh, or what was filtered does not know the newest takedown.
             raise
-        return _publish_on(state, newest_one, parts)
+        return _publish_on(state, newest_one, parts, left)
 
 
-def _publish_on(state: RefreshState, parent: Snapshot | None, parts: list[Part]) -> Snapshot:
+def _publish_on(state: RefreshState, parent: Snapshot | None, parts: list[Part], left: pa.Table) -> Snapshot:
     config = state.config
+    staying, removed = without_left(state.store, parent, left) if parent else ([], {})
+    if not sum(part.count for part in (*staying, *parts)):
+        counted = ", ".join(f"{reason} {count}" for reason, count in removed.items())
+        raise NothingLeftError(
+            f"every sample of {parent.id if parent else 'the store'} would leave ({counted}), and no new one came; "
+            "check the network and the list, then run the same command again"
+        )
     captioner = batches.load_record(state.store, state.batches[-1], batches.CaptionRecord).captioner
     sources: Counter[str] = Counter()
     for plan in state.plans:
@@ -116,9 +135,11 @@ def _publish_on(state: RefreshState, parent: Snapshot | None, parts: list[Part])
     return snapshots.publish(
         state.store,
         parent=parent,
-        parts=[*(parent.parts if parent else ()), *parts],
+        parts=[*staying, *parts],
         image_size=config.image_size,
         dropped=state.dropped,
+        added=sum(part.count for part in parts),
+        removed=removed,
         sources=sources,
         versions={
             "captioner": captioner,
@@ -130,7 +151,7 @@ def _publish_on(state: RefreshState, parent: Snapshot | None, parts: list[Part])
 
 
 def _write_ledger(
-    state: RefreshState,
+    state: RefreshState, left: pa.Table
 ) -> tuple[dict[int, tuple[ObjectRef, ...]], tuple[ObjectRef, ...], Counter[str]]:
     """(new files of each touched partition, files of kept pictures, URLs that gave no sample by reason)."""
     spill = Spill(state.work / "learned", state.ledger.partitions)
@@ -140,19 +161,23 @@ def _write_ledger(
     dropped: Counter[str] = Counter({"duplicate_url": sum(plan.duplicates for plan in state.plans)})
     if state.encoded is not None:
         dropped.update(state.encoded.dropped)
-    kept: list[pa.Table] = [KEPT.empty_table()]
+    kept = list(state.ledger.kept_without(left["id"].combine_chunks()))
+    fresh = KEPT.empty_table()
     for partition, rows in spill.read():
         rows = newest(rows)
         lost = pc.if_else(pc.equal(rows["reason"], ""), rows["dropped"], rows["reason"])
         dropped.update(reason for reason in lost.to_pylist() if reason and reason != "unchanged")
-        fresh = pc.and_(pc.equal(rows["status"], "ok"), pc.equal(rows["dropped"], ""))
-        kept.append(rows.filter(fresh).select(KEPT.names))
-        files[partition] = state.ledger.write(partition, _revalidated(state, partition, rows))
-    return files, state.ledger.write_kept(pa.concat_tables(kept)), +dropped
+        is_new = pc.and_(pc.equal(rows["status"], "ok"), pc.equal(rows["dropped"], ""))
+        fresh = pa.concat_tables([fresh, rows.filter(is_new).select(KEPT.names)])
+        if len(fresh) >= _KEPT_ROWS:
+            kept += state.ledger.write_kept(fresh)
+            fresh = KEPT.empty_table()
+        files[partition] = state.ledger.write(partition, with_history(state.ledger, partition, rows))
+    return files, (*kept, *state.ledger.write_kept(fresh)), +dropped
 
 
 def _learned(state: RefreshState, batch: Batch) -> pa.Table:
-    """The batch's URLs as ledger rows; status ``unchanged`` is resolved later, beside the partition's old rows."""
+    """The batch's URLs as ledger rows, and which of them `stay` what they were: see `with_history`."""
     crawl = batches.load_record(state.store, batch, batches.CrawlRecord)
     filtered = batches.load_record(state.store, batch, batches.FilterRecord)
     table = batches.get_table(state.store, crawl.fetched)
@@ -161,16 +186,22 @@ def _learned(state: RefreshState, batch: Batch) -> pa.Table:
     attempts = pc.add(table["attempts"], pa.scalar(1, pa.int16()))
     exhausted = pc.and_(pc.equal(table["status"], "retry"), pc.greater_equal(attempts, state.config.max_attempts))
     status = pc.if_else(exhausted, "failed", table["status"])
+    settled = pc.is_in(status, pa.array(["ok", "unchanged"]))
+    left = get_table(state.store, crawl.left) if crawl.left is not None else LEFT.empty_table()
     columns = {
         **{name: table[name] for name in SCHEMA.names if name in table.column_names},
         "status": status,
         "reason": pc.fill_null(table["reason"], ""),
         "dropped": pc.fill_null(drops["dropped"].combine_chunks().take(place), ""),
-        "attempts": pc.if_else(pc.equal(status, "ok"), pa.scalar(0, pa.int16()), attempts),
+        "attempts": pc.if_else(settled, pa.scalar(0, pa.int16()), attempts),
         "next_retry": _next_retry(state, status, attempts, table["retry_after"]),
         "last_seen": pa.array([state.now] * len(table), MOMENT),
     }
-    return pa.table({name: columns[name] for name in SCHEMA.names}, schema=SCHEMA)
+    rows = pa.table({name: columns[name] for name in SCHEMA.names}, schema=SCHEMA)
+    stays = pc.and_(pc.is_valid(table["known_id"]), pc.not_equal(status, "ok"))
+    return rows.append_column(
+        "stays", pc.and_(stays, pc.invert(pc.is_in(table["known_id"], left["id"].combine_chunks())))
+    )
 
 
 def _next_retry(state: RefreshState, status: pa.ChunkedArray, attempts: Any, asked: pa.ChunkedArray) -> pa.Array:
@@ -184,15 +215,3 @@ def _next_retry(state: RefreshState, status: pa.ChunkedArray, attempts: Any, ask
         ],
         MOMENT,
     )
-
-
-def _revalidated(state: RefreshState, partition: int, rows: pa.Table) -> pa.Table:
-    """Replaces rows whose content has not changed by what the ledger held, seen now."""
-    same = pc.equal(rows["status"], "unchanged")
-    if not pc.any(same).as_py():
-        return rows
-    old = state.ledger.read(partition)
-    old = old.filter(pc.is_in(old["key"], rows.filter(same)["key"].combine_chunks()))
-    seen = pa.array([state.now] * len(old), MOMENT)
-    old = old.set_column(SCHEMA.get_field_index("last_seen"), SCHEMA.field("last_seen"), seen)
-    return pa.concat_tables([rows.filter(pc.invert(same)), old])

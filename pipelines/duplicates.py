@@ -11,6 +11,8 @@ import pyarrow.compute as pc
 #: A distance below the number of bands leaves one band equal, which is what candidates are looked up by.
 BANDS, BAND_BITS = 4, 16
 _PAIRS = 2**22
+#: What a duplicate is dropped for: the same bytes, or nearly the same picture.
+DUPLICATES = ("duplicate", "near_duplicate")
 
 
 def find_duplicates(new: pa.Table, kept: Iterable[pa.Table], distance: int | None) -> np.ndarray:

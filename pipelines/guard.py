@@ -146,7 +146,7 @@ def _request(
             connection.putheader(name, value)
         connection.endheaders()
         response = connection.getresponse()
-        if accept is not None and response.status == 200:
+        if accept is not None and response.status in (200, 304):
             accept(response.msg)
         return _read(response, url, policy, deadline)
     except TimeoutError as error:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import Field
 
@@ -97,10 +98,19 @@ class Ledger:
         return (*files, put_table(self.store, name, rows.sort_by("key")))
 
     def write_kept(self, rows: pa.Table) -> tuple[ObjectRef, ...]:
-        """Stores the kept pictures of a refresh and returns the files for the next manifest."""
-        if not len(rows):
+        """Stores some of the kept pictures of a refresh and returns the file, if any, for the next manifest."""
+        return (put_table(self.store, f"{PREFIX}kept/{self.generation + 1:09d}", rows),) if len(rows) else ()
+
+    def kept_without(self, left: pa.Array) -> tuple[ObjectRef, ...]:
+        """The files of the pictures kept so far, for the next manifest, rewritten where they hold an id of `left`."""
+        if not len(left):
             return self.manifest.kept
-        return (*self.manifest.kept, put_table(self.store, f"{PREFIX}kept/{self.generation + 1:09d}", rows))
+        files: list[ObjectRef] = []
+        for ref in self.manifest.kept:
+            rows = get_table(self.store, ref)
+            staying = rows.filter(pc.invert(pc.is_in(rows["id"], left)))
+            files += (ref,) if len(staying) == len(rows) else self.write_kept(staying)
+        return tuple(files)
 
     def commit(
         self, snapshot: str | None, files: dict[int, tuple[ObjectRef, ...]], kept: tuple[ObjectRef, ...]
@@ -175,6 +185,8 @@ class Spill:
             self._flush()
 
     def _flush(self) -> None:
+        if not self._buffered:
+            return
         for partition, tables in self._buffers.items():
             file = self.folder / f"{partition:05d}-{self._flushes:06d}.parquet"
             pq.write_table(pa.concat_tables(tables), file)
@@ -184,12 +196,16 @@ class Spill:
 
     def read(self) -> Iterator[tuple[int, pa.Table]]:
         """(partition, its rows in the order they came), for each partition with rows."""
+        for partition in range(self.partitions):
+            rows = self.partition(partition)
+            if rows is not None:
+                yield partition, rows
+
+    def partition(self, number: int) -> pa.Table | None:
+        """The rows of one partition in the order they came; None when there are none."""
         self._flush()
-        files: defaultdict[int, list[Path]] = defaultdict(list)
-        for file in sorted(self.folder.iterdir()):
-            files[int(file.name[:5])].append(file)
-        for partition in sorted(files):
-            yield partition, pa.concat_tables([pq.read_table(file) for file in files[partition]])
+        files = sorted(self.folder.glob(f"{number:05d}-*.parquet"))
+        return pa.concat_tables([pq.read_table(file) for file in files]) if files else None
 
 
 def put_table(store: ObjectStore, name: str, table: pa.Table) -> ObjectRef:

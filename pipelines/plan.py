@@ -18,6 +18,7 @@ from pydantic import Field
 
 from pipelines.config import RefreshConfig
 from pipelines.datasets import read_samples
+from pipelines.duplicates import DUPLICATES
 from pipelines.ledger import MOMENT, Ledger, Spill, get_table, put_table
 from pipelines.sources import list_files, read_rows
 from pipelines.urls import host_of, url_key
@@ -29,7 +30,8 @@ from starflow.objectstore import ObjectStore
 
 KIND, VERSION = "refresh-plan", 1
 
-#: A URL to ask for, and what the ledger knew of it; `known_id` is the content that it gave last time.
+#: A URL to ask for, and what the ledger knew of it: `known_id` is the content that it gave last time, `sampled` says
+#: whether that became a sample of a snapshot, which leaves when the content is gone.
 ROWS = pa.schema(
     [
         ("key", pa.string()),
@@ -41,6 +43,7 @@ ROWS = pa.schema(
         ("etag", pa.string()),
         ("last_modified", pa.string()),
         ("known_id", pa.string()),
+        ("sampled", pa.bool_()),
         ("first_seen", MOMENT),
     ]
 )
@@ -55,7 +58,8 @@ class Batch(Config):
 
 
 class Plan(Config):
-    """Batches to fetch, in order. `covers` are the plans whose failures a retry plan repeats."""
+    """Batches to fetch, in order. `covers` are the plans whose failures a retry plan repeats; `sampled` counts the URLs
+    that gave a sample before."""
 
     number: int
     round: int = 0
@@ -64,6 +68,7 @@ class Plan(Config):
     parent: str | None
     batches: tuple[Batch, ...]
     duplicates: int = 0
+    sampled: int = 0
     sources: dict[str, int] = Field(default_factory=dict)
 
 
@@ -125,14 +130,15 @@ def plan_list(
     Raises ConfigError for a list without rows, and for a public host when no contact is configured.
     """
     listed, sources = _spill_list(config, ledger, work, on_progress)
-    planned = dict(_spill_planned(workspace.store, open_plans, ledger, work).read())
-    duplicates = 0
+    planned = _spill_planned(workspace.store, open_plans, ledger, work)
+    duplicates = sampled = 0
 
     def selected() -> Iterator[pa.Table]:
-        nonlocal duplicates
+        nonlocal duplicates, sampled
         for partition, rows in listed.read():
-            chosen, repeated = _select(config, ledger.read(partition), planned.get(partition), rows, now)
+            chosen, repeated = _select(config, ledger.read(partition), planned.partition(partition), rows, now)
             duplicates += repeated
+            sampled += pc.sum(chosen["sampled"]).as_py() or 0
             _check_contact(config, chosen)
             yield chosen
 
@@ -146,6 +152,7 @@ def plan_list(
         parent=parent,
         batches=batches,
         duplicates=duplicates,
+        sampled=sampled,
         sources=sources,
     )
     workspace.commit(plan)
@@ -198,16 +205,19 @@ def _select(
     first = np.sort(np.unique(keys, return_index=True)[1])
     chosen = rows.take(first)
     place = pc.index_in(chosen["key"], due["key"].combine_chunks())
-    history = {
-        name: due[name].combine_chunks().take(place)
-        for name in ("attempts", "etag", "last_modified", "id", "first_seen")
-    }
+    history = {name: due[name].combine_chunks().take(place) for name in ("attempts", "dropped", "first_seen")}
+    # A duplicate is fetched as if it were new: the picture that it repeated may have gone.
+    again = pc.fill_null(pc.is_in(history["dropped"], pa.array(DUPLICATES)), False)
+    for name in ("etag", "last_modified", "id"):
+        values = due[name].combine_chunks().take(place)
+        history[name] = pc.if_else(again, pa.scalar(None, values.type), values)
     columns = {
         **{name: chosen[name] for name in ("key", "url", "caption", "licence", "extra")},
         "attempts": pc.fill_null(history["attempts"], 0),
         "etag": history["etag"],
         "last_modified": history["last_modified"],
         "known_id": history["id"],
+        "sampled": pc.and_(pc.is_valid(history["id"]), pc.fill_null(pc.equal(history["dropped"], ""), False)),
         "first_seen": pc.fill_null(history["first_seen"], pa.scalar(now, MOMENT)),
     }
     return pa.table(columns, schema=ROWS), len(rows) - len(chosen)
@@ -221,7 +231,10 @@ def _due(config: RefreshConfig, known: pa.Table, now: datetime) -> pa.Array:
     due = pc.or_(due, pc.and_(blocked, _unblocked(config, known)))
     if config.revalidate_days is not None:
         oldest = pa.scalar(now - timedelta(days=config.revalidate_days), MOMENT)
-        due = pc.or_(due, pc.and_(pc.equal(known["status"], "ok"), pc.less(known["last_seen"], oldest)))
+        # What a sample was made of is looked after also when its server refused last time.
+        sampled = pc.and_(pc.is_valid(known["id"]), pc.equal(known["dropped"], ""))
+        asked = pc.or_(pc.equal(known["status"], "ok"), pc.and_(pc.equal(known["status"], "failed"), sampled))
+        due = pc.or_(due, pc.and_(asked, pc.less(known["last_seen"], oldest)))
     return due
 
 

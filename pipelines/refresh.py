@@ -13,15 +13,17 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipelines import batches
-from pipelines.captioners import load_captioner
+from pipelines.captioners import AltText, CaptionConfig
 from pipelines.commit import finish_published, publish_snapshot
 from pipelines.config import RefreshConfig
 from pipelines.duplicates import find_duplicates
@@ -40,7 +42,11 @@ Counts = dict[str, Any]
 
 
 class RefreshResult(Config):
-    """What a refresh did; `added` is 0 and `snapshot` the parent when nothing was new."""
+    """What a refresh did; `added` is 0 and `snapshot` the parent when nothing was new.
+
+    `added` and `kept` make `total`; `kept` and the sum of `removed` make the parent's total. `dropped` are URLs of the
+    list that gave no sample now, `removed` samples of the parent that left, both by reason.
+    """
 
     snapshot: str
     parent: str | None
@@ -48,6 +54,7 @@ class RefreshResult(Config):
     kept: int
     total: int
     dropped: dict[str, int]
+    removed: dict[str, int]
     seconds: dict[str, float]
 
 
@@ -161,16 +168,25 @@ def _plan_retries(state: RefreshState) -> list[Plan]:
 def caption(state: RefreshState) -> Counts:
     """Captions the pictures of every batch."""
     quality: Counter[str] = Counter()
-    captioner = None
-    for number, batch in enumerate(state.batches):
-        record = batches.load_record(state.store, batch, batches.CaptionRecord)
-        if record is None:
-            captioner = captioner or load_captioner(state.config)
-            crawled = batches.load_record(state.store, batch, batches.CrawlRecord)
-            record = batches.caption_batch(state.store, batch, crawled, captioner, state.config, state.work)
-        quality.update(record.quality)
-        state.progress("caption", number + 1, len(state.batches))
+    captioner: Any = AltText() if state.config.captioner == "alt" else None
+    with ExitStack() as stack:
+        for number, batch in enumerate(state.batches):
+            record = batches.load_record(state.store, batch, batches.CaptionRecord)
+            if record is None:
+                captioner = captioner or stack.enter_context(_captioning(state))
+                crawled = batches.load_record(state.store, batch, batches.CrawlRecord)
+                record = batches.caption_batch(state.store, batch, crawled, captioner, state.config)
+            quality.update(record.quality)
+            state.progress("caption", number + 1, len(state.batches))
     return {"captioner": state.config.captioner, "quality": dict(quality)}
+
+
+def _captioning(state: RefreshState) -> AbstractContextManager[Any]:
+    """The configured captioner at work, on Ray if it is a model."""
+    from pipelines.captioning import captioning
+
+    settings = {name: getattr(state.config, name) for name in CaptionConfig.model_fields}
+    return captioning(state.store, CaptionConfig(**settings))
 
 
 def filter_(state: RefreshState) -> Counts:
@@ -229,9 +245,11 @@ def _mark_duplicates(
     state: RefreshState, window: list[Batch], tables: list[pa.Table], verdicts: list[np.ndarray]
 ) -> None:
     """Sets the reason of duplicates, in place: of pictures kept before, of earlier windows, and within this one."""
+    left = state.left()["id"].combine_chunks()
 
     def kept() -> Iterator[pa.Table]:
-        yield from state.ledger.kept()
+        for table in state.ledger.kept():
+            yield table.filter(pc.invert(pc.is_in(table["id"], left)))
         for batch in state.batches[: state.batches.index(window[0])]:
             record = batches.load_record(state.store, batch, batches.FilterRecord)
             yield batches.get_table(state.store, record.samples).select(["id", "phash"])
@@ -352,5 +370,6 @@ def result(state: RefreshState) -> RefreshResult:
         kept=counts.kept if new else counts.total,
         total=counts.total,
         dropped=state.dropped,
+        removed=snapshot.removed if new else {},
         seconds=state.seconds,
     )

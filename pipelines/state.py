@@ -7,9 +7,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
+from pipelines import batches
 from pipelines.config import RefreshConfig
-from pipelines.ledger import Ledger
+from pipelines.ledger import Ledger, get_table
 from pipelines.plan import Batch, Plan, Workspace, is_blocked
+from pipelines.revalidation import LEFT
 from starflow.objectstore import open_store
 from starflow.snapshots import Snapshot, load_snapshot, newest_snapshot, snapshot_numbers
 from starflow.takedowns import Takedowns
@@ -80,6 +84,15 @@ class RefreshState:
     def batches(self) -> list[Batch]:
         """The batches of all plans, in order."""
         return [batch for plan in self.plans for batch in plan.batches]
+
+    def left(self) -> pa.Table:
+        """The samples of the parent (schema LEFT) that leave, once all batches have been fetched."""
+        found = [LEFT.empty_table()]
+        for batch in self.batches if any(plan.sampled for plan in self.plans) else ():
+            record = batches.load_record(self.store, batch, batches.CrawlRecord)
+            if record.left is not None:
+                found.append(get_table(self.store, record.left))
+        return pa.concat_tables(found)
 
     def blocked(self, url: str) -> str:
         """Why the URL is not asked for; "" when it is."""

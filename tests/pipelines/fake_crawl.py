@@ -24,11 +24,10 @@ from pipelines.guard import FetchPolicy
 from pipelines.inspection import inspect_image
 from pipelines.refresh import RefreshResult, refresh
 from starflow.encoders import VAEIdentity
-from starflow.manifest import ObjectRef
 from starflow.objectstore import ObjectStore
-from starflow.snapshots import ArraySpec, Part
+from starflow.parts import LayerPlan, part_from_arrays
 
-#: What a URL answers: bytes, or (status, reason) or (status, reason, seconds of Retry-After).
+#: What a URL answers: bytes, or (status, reason), or with seconds of Retry-After and the HTTP status, too.
 Answer = bytes | tuple[Any, ...]
 
 
@@ -66,40 +65,29 @@ class FakeWeb:
                 if isinstance(answer, list):
                     answer = answer[min(self.requests[url], len(answer) - 1)]
                 self.requests[url] += 1
-                record: dict[str, Any] = {"row": row, "status": "ok", "reason": "", "http": 200}
+                record: dict[str, Any] = {"row": row, "status": "ok", "reason": "", "http": 0}
                 if isinstance(answer, bytes):
                     seen = inspect_image(answer, policy.max_pixels, policy.max_frames)
                     record |= vars(seen) | {"id": hashlib.sha256(answer).hexdigest(), "etag": '"1"', "shard": 0}
                     record |= {"offset": file.tell(), "size": len(answer)}
                     file.write(answer)
                 else:
-                    record |= dict(zip(("status", "reason", "retry_after"), answer, strict=False))
+                    record |= dict(zip(("status", "reason", "retry_after", "http"), answer, strict=False))
                 records.append(record)
         on_progress(len(records))
         return pa.Table.from_pylist(records, OUTCOME)
 
 
 def fake_encode(store: ObjectStore, tables: Sequence[str], config: EncodeConfig, work: str, on_progress: Any) -> Any:
-    """In the place of pipelines.encode.encode: one part, whose id is the hash of its samples' ids and captions."""
+    """In the place of pipelines.encode.encode: one part of zeros, with the samples' ids and captions."""
     from pipelines.encode import EncodeResult
 
     rows = pa.concat_tables([pq.read_table(pa.BufferReader(store.read(key))) for key in tables])
-    content = "".join(f"{row['id']}{row['captions'][0]['text']}" for row in rows.to_pylist())
-    name = hashlib.sha256(content.encode()).hexdigest()[:16]
-    nothing = ObjectRef(key=f"parts/{name}/nothing", size=0, sha256=hashlib.sha256(b"").hexdigest())
-    store.write(nothing.key, b"")
-    part = Part(
-        id=name,
-        grid=(4, 4),
-        rows=len(rows),
-        count=len(rows),
-        chunk=16,
-        shard=16,
-        arrays={"mean": ArraySpec(shape=(len(rows), 4, 4, 4), dtype="float16")},
-        vae=VAEIdentity(name=config.vae, sha256="0" * 64, scaling_factor=1.0, channels=4, downsampling=8),
-        index=nothing,
-        samples=nothing,
-    )
+    texts = [captions[0]["text"] for captions in rows["captions"].to_pylist()]
+    latents = np.zeros((len(rows), 4, 4, 4), np.float16)
+    vae = VAEIdentity(name=config.vae, sha256="0" * 64, scaling_factor=1.0, channels=4, downsampling=8)
+    layer = LayerPlan(origin="alt-text", version="1")
+    part = part_from_arrays(store, vae, latents, latents, rows, [(layer, texts)])
     return EncodeResult(parts=(part,), dropped={})
 
 
