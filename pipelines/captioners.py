@@ -16,8 +16,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 from PIL import Image
+from pydantic import Field
 
-from pipelines.config import RefreshConfig
+from starflow.config import Config
+from starflow.encoders import weights_sha256
 from starflow.errors import StarflowError
 
 #: Pictures are sent, and shown to models, no larger than this.
@@ -28,6 +30,48 @@ ATTEMPTS = 6
 
 class CaptionError(StarflowError):
     """A captioner that cannot be used, or that keeps failing."""
+
+
+class CaptionConfig(Config):
+    """Which captioner, and what it may use."""
+
+    captioner: str = Field(
+        "alt",
+        title="Captioner",
+        description="alt (the list's own text), an OpenAI-compatible http(s) endpoint, "
+        "or the Hugging Face id or path of an image-to-text model.",
+    )
+    captioner_model: str = Field("", title="Captioner model", description="Model name to ask an endpoint for.")
+    caption_prompt: str = Field(
+        "Describe this image in one sentence. Its alt text is: {alt}",
+        title="Caption prompt",
+        description="What an endpoint is asked; {alt} is the alt text.",
+    )
+    caption_concurrency: int = Field(
+        16, title="Caption concurrency", description="Requests at once to an endpoint.", ge=1, le=1024
+    )
+    caption_rate: float = Field(
+        0.0, title="Caption rate", description="Requests a second to an endpoint; 0 is no limit.", ge=0
+    )
+    caption_tokens: int = Field(
+        100, title="Tokens per caption", description="Longer captions are cut there.", ge=1, le=4096
+    )
+    caption_budget: int | None = Field(
+        None, title="Caption budget", description="Tokens an endpoint may use in one run; null: no limit.", ge=1
+    )
+    actors: int = Field(2, title="Actors", description="Ray actors that run a Hugging Face model.", ge=1, le=4096)
+    cpus_per_actor: int = Field(1, title="CPUs per actor", description="CPU cores that Ray reserves for each.", ge=1)
+    gpus_per_actor: float = Field(
+        0, title="GPUs per actor", description="Share of a GPU that Ray reserves for each.", ge=0
+    )
+    ray_address: str | None = Field(
+        None, title="Ray address", description="Cluster to caption on: auto finds the running one; null starts one."
+    )
+
+    @property
+    def is_endpoint(self) -> bool:
+        """Whether the captioner answers over HTTP, so that it needs no worker of ours."""
+        return self.captioner.startswith(("http://", "https://"))
 
 
 class Captioner(Protocol):
@@ -71,16 +115,16 @@ class EndpointCaptioner:
         self.url = f"{base.rstrip('/')}/chat/completions"
         self.name, self.prompt = model, prompt
         self.version = hashlib.sha256(f"{prompt}\n{max_tokens}".encode()).hexdigest()[:12]
-        self.concurrency, self.max_tokens, self.budget = concurrency, max_tokens, budget
+        self.max_tokens, self.budget = max_tokens, budget
         self.tokens = 0
         self._interval = 1 / rate if rate else 0.0
         self._next_start = 0.0
         self._lock = threading.Lock()
+        self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix="caption")
 
     def caption(self, images: list[Image.Image], alts: list[str]) -> list[str]:
         """Asks for all captions; raises CaptionError when one cannot be had."""
-        with ThreadPoolExecutor(self.concurrency) as pool:
-            return list(pool.map(self._ask, images, alts))
+        return list(self._pool.map(self._ask, images, alts))
 
     def _ask(self, image: Image.Image, alt: str) -> str:
         if self.budget is not None and self.tokens >= self.budget:
@@ -152,9 +196,12 @@ def _data_uri(image: Image.Image) -> str:
 
 
 class ModelCaptioner:
-    """A Hugging Face image-to-text model (BLIP class), by id or path; on a GPU when there is one."""
+    """A Hugging Face image-to-text model (BLIP class), by id or path; on a GPU when there is one.
 
-    def __init__(self, model: str, batch_size: int = 16, max_tokens: int = 60) -> None:
+    Calls from several threads take turns.
+    """
+
+    def __init__(self, model: str, batch_size: int = 16, max_tokens: int = 100) -> None:
         import torch
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -168,7 +215,8 @@ class ModelCaptioner:
                 f"captioner {model!r} cannot be loaded: {error}; write alt, an http(s) endpoint, or the Hugging Face "
                 "id or path of an image-to-text model"
             ) from error
-        self.version = _weights_hash(self.model)
+        self.version = hashlib.sha256(f"{weights_sha256(self.model)}\n{max_tokens}".encode()).hexdigest()[:12]
+        self._turn = threading.Lock()
 
     def caption(self, images: list[Image.Image], alts: list[str]) -> list[str]:
         """Ignores the alt texts; greedy decoding, so that the same picture gives the same caption."""
@@ -177,30 +225,23 @@ class ModelCaptioner:
         captions: list[str] = []
         for first in range(0, len(images), self.batch_size):
             batch = [image.convert("RGB") for image in images[first : first + self.batch_size]]
-            with torch.inference_mode():
+            with self._turn, torch.inference_mode():
                 inputs = self.processor(images=batch, return_tensors="pt").to(self.device)
                 tokens = self.model.generate(**inputs, max_new_tokens=self.max_tokens, do_sample=False)
             captions += self.processor.batch_decode(tokens, skip_special_tokens=True)
         return [caption.strip() for caption in captions]
 
 
-def _weights_hash(model: Any) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().float().numpy().tobytes())
-    return digest.hexdigest()[:12]
-
-
-def load_captioner(config: RefreshConfig) -> Captioner:
+def load_captioner(config: CaptionConfig) -> Captioner:
     """The captioner that the configuration names. Raises CaptionError for one that cannot be loaded."""
-    if config.captioner == "alt":
+    name = config.captioner
+    if name == "alt":
         return AltText()
-    if config.captioner.startswith(("http://", "https://")):
+    if config.is_endpoint:
         if not config.captioner_model:
-            raise CaptionError(f"captioner {config.captioner} needs the model's name; set captioner_model")
+            raise CaptionError(f"captioner {name} needs the model's name; set captioner_model")
         return EndpointCaptioner(
-            config.captioner,
+            name,
             config.captioner_model,
             config.caption_prompt,
             config.caption_concurrency,
@@ -208,4 +249,4 @@ def load_captioner(config: RefreshConfig) -> Captioner:
             config.caption_tokens,
             config.caption_budget,
         )
-    return ModelCaptioner(config.captioner)
+    return ModelCaptioner(name, max_tokens=config.caption_tokens)

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import torch
 
 from pipelines.encode_plan import EncodeConfig, Models, PlannedPart
+from pipelines.originals import Picture, fetch, spans
 from starflow import manifest
 from starflow.encoders import VAE, TextEncoder, load_text_encoder, load_vae, to_tensor
 from starflow.errors import AlreadyExistsError, CorruptError, NotFoundError, StoreError
@@ -26,21 +27,9 @@ from starflow.parts import text_array, write_shard
 from starflow.shardindex import ShardRef
 
 KIND, VERSION = "encoded-shard", 1
-#: Pictures that lie closer together than this in one object are fetched in one request, up to `SPAN_BYTES`.
-GAP_BYTES, SPAN_BYTES = 2**18, 2**25
 #: Batches decoded ahead of the VAE.
 AHEAD = 3
 CPU_BATCH, GPU_BATCH = 16, 256
-
-
-@dataclass(frozen=True)
-class Picture:
-    """Where a picture's bytes lie, and which row of the shard it becomes."""
-
-    row: int
-    key: str
-    offset: int
-    size: int
 
 
 @dataclass(frozen=True)
@@ -177,8 +166,8 @@ class ShardEncoder:
     def _decoded(self, pictures: Sequence[Picture], height: int, width: int) -> Iterator[tuple[int, np.ndarray | str]]:
         """(row, pixels or the reason why there are none), fetched and decoded a few batches ahead."""
         waiting: deque[tuple[int, Future[np.ndarray | str]]] = deque()
-        for span in _spans(pictures):
-            for picture, data in self._fetch(span):
+        for span in spans(pictures):
+            for picture, data in _fetch(self.store, span):
                 waiting.append((picture.row, self.threads.submit(_decode, data, height, width)))
                 while len(waiting) > AHEAD * self.batch_size:
                     row, pending = waiting.popleft()
@@ -186,34 +175,17 @@ class ShardEncoder:
         for row, pending in waiting:
             yield row, pending.result()
 
-    def _fetch(self, span: Sequence[Picture]) -> Iterator[tuple[Picture, bytes]]:
-        """The bytes of pictures that lie together; empty ones if their object is gone."""
-        start, end = span[0].offset, max(picture.offset + picture.size for picture in span)
-        try:
-            data = self.store.read(span[0].key, start, end - start)
-        except NotFoundError as error:
-            raise CorruptError(f"pictures at {span[0].key} are gone ({error}); crawl these URLs again") from error
-        for picture in span:
-            yield picture, data[picture.offset - start : picture.offset - start + picture.size]
-
 
 def _pictures(members: pa.Table) -> list[Picture]:
     columns = [members[name].to_pylist() for name in ("image_key", "image_offset", "image_size")]
     return [Picture(row, *place) for row, place in enumerate(zip(*columns, strict=True))]
 
 
-def _spans(pictures: Sequence[Picture]) -> list[list[Picture]]:
-    """Groups pictures so that each group is one range of one object."""
-    spans: list[list[Picture]] = []
-    for picture in sorted(pictures, key=lambda p: (p.key, p.offset)):
-        if spans:
-            first, last = spans[-1][0], spans[-1][-1]
-            near = picture.offset - (last.offset + last.size) <= GAP_BYTES
-            if picture.key == first.key and near and picture.offset + picture.size - first.offset <= SPAN_BYTES:
-                spans[-1].append(picture)
-                continue
-        spans.append([picture])
-    return spans
+def _fetch(store: ObjectStore, span: Sequence[Picture]) -> Iterator[tuple[Picture, bytes]]:
+    try:
+        yield from fetch(store, span)
+    except NotFoundError as error:
+        raise CorruptError(f"pictures at {span[0].key} are gone ({error}); crawl these URLs again") from error
 
 
 def _decode(data: bytes, height: int, width: int) -> np.ndarray | str:

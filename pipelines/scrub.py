@@ -60,7 +60,8 @@ def _scrub(store: ObjectStore, keys: Iterable[str], takedowns: Takedowns) -> int
     """Scrubs the objects of one finished refresh."""
     tars = {_tar(store, key) for key in keys if key.endswith("/crawl.json")}
     # Tars that no record names are left over from killed runs.
-    store.delete([key for key in keys if "/encode/" in key or (key.endswith(".tar") and key not in tars)])
+    work = [key for key in keys if "/encode/" in key or "/captions/" in key]
+    store.delete([*work, *(key for key in keys if key.endswith(".tar") and key not in tars)])
     tables = [key for key in keys if key.endswith(".parquet") and "/encode/" not in key]
     names: set[str] = set()  # of rows to remove: normalised URLs' keys, and ids
     pictures: set[tuple[str, int, int]] = set()

@@ -4,68 +4,21 @@ from __future__ import annotations
 
 import base64
 import io
-import json
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import pytest
 from PIL import Image
 
 from pipelines import captioners
-from pipelines.captioners import AltText, CaptionError, EndpointCaptioner, ModelCaptioner, load_captioner
-from pipelines.config import RefreshConfig
-
-COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
-
-
-class Endpoint:
-    """Names the colour of the picture it is sent; `failures` are answered first, by status."""
-
-    def __init__(self) -> None:
-        self.requests: list[dict[str, Any]] = []
-        self.keys: list[str | None] = []
-        self.failures: list[int] = []
-        self.answer: Any = None
-        endpoint = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                endpoint.requests.append(body)
-                endpoint.keys.append(self.headers["Authorization"])
-                status = endpoint.failures.pop(0) if endpoint.failures else 200
-                data = json.dumps(endpoint.answer or _answer(body) if status == 200 else {"error": "busy"}).encode()
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(data)))
-                self.send_header("Retry-After", "0")
-                self.end_headers()
-                self.wfile.write(data)
-
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
-
-
-def _answer(body: dict[str, Any]) -> dict[str, Any]:
-    uri = body["messages"][0]["content"][0]["image_url"]["url"]
-    picture = Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
-    pixel = picture.getpixel((0, 0))
-    name = min(COLOURS, key=lambda c: sum(abs(a - b) for a, b in zip(COLOURS[c], pixel, strict=True)))
-    return {"choices": [{"message": {"content": f" A {name} square.\n"}}], "usage": {"total_tokens": 10}}
+from pipelines.captioners import AltText, CaptionConfig, CaptionError, EndpointCaptioner, ModelCaptioner, load_captioner
+from tests.pipelines.fake_captioners import COLOURS, Endpoint, save_tiny_blip, serve_endpoint
 
 
 @pytest.fixture
 def endpoint() -> Iterator[Endpoint]:
-    endpoint = Endpoint()
-    threading.Thread(target=endpoint.server.serve_forever, args=(0.05,), daemon=True).start()
-    yield endpoint
-    endpoint.server.shutdown()
-    endpoint.server.server_close()
+    with serve_endpoint() as endpoint:
+        yield endpoint
 
 
 def squares() -> list[Image.Image]:
@@ -134,12 +87,12 @@ def test_the_version_follows_the_prompt() -> None:
 
 def test_an_endpoint_needs_a_model() -> None:
     with pytest.raises(CaptionError, match="captioner_model"):
-        load_captioner(RefreshConfig(urls="-", store="-", captioner="http://127.0.0.1:1/v1"))
+        load_captioner(CaptionConfig(captioner="http://127.0.0.1:1/v1"))
 
 
 def test_a_model_that_does_not_exist_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(CaptionError, match="cannot be loaded"):
-        load_captioner(RefreshConfig(urls="-", store="-", captioner=str(tmp_path)))
+        load_captioner(CaptionConfig(captioner=str(tmp_path)))
 
 
 def test_a_hugging_face_model_captions_in_batches(tmp_path: Path) -> None:
@@ -149,26 +102,3 @@ def test_a_hugging_face_model_captions_in_batches(tmp_path: Path) -> None:
     assert len(captions) == 3
     assert captions == [ModelCaptioner(str(tmp_path), 1, 5).caption([each], [""])[0] for each in squares()]
     assert len(captioner.version) == 12
-
-
-def save_tiny_blip(folder: Path) -> None:
-    """A BLIP of random weights, a few thousand parameters, with a word-piece tokenizer."""
-    import torch
-    from transformers import (
-        BertTokenizerFast,
-        BlipConfig,
-        BlipForConditionalGeneration,
-        BlipImageProcessor,
-        BlipProcessor,
-    )
-
-    torch.manual_seed(0)
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "a", "red", "green", "blue", "square"]
-    (folder / "vocab.txt").write_text("\n".join(words))
-    tokenizer = BertTokenizerFast(str(folder / "vocab.txt"))
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text = {**sizes, "vocab_size": len(words), "encoder_hidden_size": 16, "projection_dim": 8, "bos_token_id": 5,
-            "eos_token_id": 3, "sep_token_id": 3, "pad_token_id": 0}  # fmt: skip
-    config = BlipConfig(text_config=text, vision_config={**sizes, "image_size": 32, "patch_size": 16}, projection_dim=8)
-    BlipForConditionalGeneration(config).save_pretrained(folder)
-    BlipProcessor(BlipImageProcessor(size={"height": 32, "width": 32}), tokenizer).save_pretrained(folder)

@@ -18,7 +18,8 @@ from PIL import Image
 
 from pipelines.encode import encode
 from pipelines.encode_plan import EncodeConfig, make_plan
-from pipelines.encode_shard import Picture, ShardEncoder, _spans
+from pipelines.encode_shard import ShardEncoder
+from pipelines.originals import Picture, spans
 from starflow.encoders import EncoderError, TextIdentity, load_vae, new_autoencoder, to_tensor
 from starflow.errors import CorruptError, StoreError
 from starflow.images import decode_image, fit
@@ -205,9 +206,9 @@ def test_only_corrupt_inputs_make_no_part(store, vae_folder):
 def test_pictures_are_fetched_in_ranges():
     near = [Picture(row, "a", 1000 * row, 900) for row in range(5)]
     far = [Picture(5, "a", 10**8, 10), Picture(6, "b", 0, 10)]
-    assert [[p.row for p in span] for span in _spans([*far, *reversed(near)])] == [[0, 1, 2, 3, 4], [5], [6]]
+    assert [[p.row for p in span] for span in spans([*far, *reversed(near)])] == [[0, 1, 2, 3, 4], [5], [6]]
     large = [Picture(row, "a", row * 2**24, 2**24) for row in range(5)]
-    assert [len(span) for span in _spans(large)] == [2, 2, 1]
+    assert [len(span) for span in spans(large)] == [2, 2, 1]
 
 
 @pytest.mark.slow
