@@ -91,6 +91,11 @@ def etag(connection: socket.socket, request: str) -> None:
         connection.sendall(response(picture(seed=7), 'ETag: "v1"'))
 
 
+def etag_opt_out(connection: socket.socket, request: str) -> None:
+    """Answers 304 to a conditional request, and that it has opted out meanwhile."""
+    connection.sendall(b"HTTP/1.1 304 Not Modified\r\nX-Robots-Tag: noai\r\n\r\n")
+
+
 def wants_cookie(connection: socket.socket, request: str) -> None:
     """Redirects to itself until a cookie comes back, which it never does."""
     if "cookie:" in request.lower():
@@ -232,6 +237,7 @@ def _served() -> list[Case]:
     add("private/a.png", "opt_out", "robots_txt", response(picture()))
     add("reserved/a.png", "opt_out", "tdm_reservation", response(picture()))
     add("etag", "unchanged", "unchanged", etag)
+    add("etag-opt-out", "opt_out", "x_robots_tag", etag_opt_out)
     return [Case(name, f"{{base}}/{name}", status, reason, handler) for name, status, reason, handler in table]
 
 
