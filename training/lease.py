@@ -22,16 +22,21 @@ class Lease:
         self.store, self.run, self.owner, self.seconds = store, run, owner, seconds
         self.key = f"runs/{run}/lease.json"
 
-    def acquire(self, wait: float = 0.0, on_wait: Callable[[str], None] = lambda message: None) -> None:
+    def acquire(
+        self,
+        wait: float = 0.0,
+        on_wait: Callable[[str], None] = lambda message: None,
+        give_up: Callable[[], bool] = lambda: False,
+    ) -> None:
         """Takes the lease if it is free, expired, or its owner is known to have ended; waits up to `wait` seconds.
 
-        Raises LeaseHeldError naming the owner.
+        Raises LeaseHeldError naming the owner after that time, or as soon as `give_up`.
         """
         deadline, told = time.monotonic() + wait, False
         while not self._try():
             owner, expires = self.holder() or ("nobody", 0.0)
             message = f"run {self.run!r} is being written by {owner} for another {expires - time.time():.0f} s"
-            if time.monotonic() >= deadline:
+            if time.monotonic() >= deadline or give_up():
                 raise LeaseHeldError(f"{message}; stop it there, or use another run name")
             if not told:
                 on_wait(f"{message}; waiting")

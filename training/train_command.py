@@ -29,13 +29,16 @@ def train(
     if dry_run:
         _show_plan(settings, as_json)
         return
-    outcome = Supervisor(settings, place_from_environment()).run()
+    supervisor = Supervisor(settings, place_from_environment())
+    outcome = supervisor.run()
     if as_json:
         from training.run_commands import describe_run
 
         print_json(describe_run(settings.store, settings.run))
-    if outcome != "completed":
-        raise typer.Exit(PREEMPTED_STATUS if outcome == "preempted" else 1)
+    if outcome == "failed":
+        raise typer.Exit(1)
+    if outcome == "preempted" and not supervisor.told_to_end:
+        raise typer.Exit(PREEMPTED_STATUS)
 
 
 def _show_plan(settings: Any, as_json: bool) -> None:

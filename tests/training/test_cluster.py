@@ -1,3 +1,7 @@
+"""Several machines: each supervisor below stands for one, with a cache of its own, on the loopback interface."""
+
+from __future__ import annotations
+
 import os
 import signal
 
@@ -5,58 +9,124 @@ import pytest
 
 from starflow.checkpoints import list_steps
 from starflow.errors import ConfigError
-from tests.training.run_helpers import command, ranks_of, tensors, train, until
-from training.cluster import Place, place_from_environment
+from tests.training.run_helpers import command, lines, ranks_of, tensors, train, until
+from training.cluster import Announcement, Place, place_from_environment, stop_key, with_ranks
+from training.events import read_events
 
 
-def environment(node, port=4000):
+def environment(node, **more):
     return {
         "STARFLOW_NODES": "2",
         "STARFLOW_NODE_RANK": str(node),
-        "STARFLOW_RENDEZVOUS": f"127.0.0.1:{port}",
+        "STARFLOW_ADDRESS": "127.0.0.1",
         "STARFLOW_LAUNCH": "one",
+        **more,
     }
+
+
+def machine(config, tmp_path, node, **more):
+    """Starts the supervisor of machine `node`."""
+    own = config.model_copy(update={"cache": tmp_path / f"cache-{node}"})
+    own.cache.mkdir(exist_ok=True)
+    null = own.cache / "null-captions"
+    if not null.exists():
+        os.symlink(config.cache / "null-captions", null)
+    return own, command(own, tmp_path, environment(node, **more), name=f"{config.run}-{node}")
+
+
+def attempts(store, run):
+    return [e["message"] for e in read_events(store, run) if e["kind"] in ("started", "resumed")]
 
 
 def test_place():
     assert place_from_environment({}) == Place()
-    place = place_from_environment(environment(1))
-    assert (place.node, place.host, place.share(8)) == (1, "127.0.0.1", 4)
-    assert place.torchrun(3) == [
-        "--nnodes",
-        "2",
-        "--node-rank",
-        "1",
-        "--master-addr",
-        "127.0.0.1",
-        "--master-port",
-        "4003",
-    ]
+    place = place_from_environment(environment(1, STARFLOW_MIN_NODES="2", STARFLOW_PATIENCE="7"))
+    assert (place.node, place.address, place.share(8), place.min_nodes, place.patience) == (1, "127.0.0.1", 4, 2, 7)
     with pytest.raises(ConfigError, match="ranks 3 do not divide over 2"):
         place.share(3)
     with pytest.raises(ConfigError, match="STARFLOW_LAUNCH is not set"):
         place_from_environment({k: v for k, v in environment(1).items() if k != "STARFLOW_LAUNCH"})
-    with pytest.raises(ConfigError, match="host:port"):
-        place_from_environment(environment(1) | {"STARFLOW_RENDEZVOUS": "somewhere"})
+    with pytest.raises(ConfigError, match="STARFLOW_NODE_RANK=x is not a whole number"):
+        place_from_environment(environment("x"))
+    with pytest.raises(ConfigError, match="numbered from 0"):
+        place_from_environment(environment(2))
+
+
+def test_rendezvous():
+    news = Announcement(launch="one", attempt=3, members=("b", "a"), ranks=4, master="10.0.0.1:4000")
+    assert news.torchrun("a") == "--nnodes 2 --node-rank 1 --master-addr 10.0.0.1 --master-port 4000".split()
+    assert not news.on_one_machine
+    assert news.model_copy(update={"members": ("b",)}).torchrun("b") == ["--standalone"]
+    assert news.model_copy(update={"master": "127.0.0.1:4000"}).on_one_machine
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "ranks", "fewer", "expected"),
+    [(8, None, 2, 1, 4), (24, None, 4, 3, 4), (24, 3, 4, 2, 3), (8, None, 4, 3, None), (8, 2, 2, 2, 2)],
+)
+def test_fewer_ranks_use_no_more_memory_a_pass(make_config, batch, micro, ranks, fewer, expected):
+    config = make_config(global_batch_size=batch, micro_batch_size=micro, ranks=ranks)
+    changed = with_ranks(config, fewer)
+    if expected is None:
+        assert changed is None
+    else:
+        assert (changed.ranks, changed.micro) == (fewer, expected)
+        assert type(config).model_validate(changed.model_dump()) == changed
 
 
 @pytest.mark.slow
-def test_two_machines_lose_a_rank_and_go_on(make_config, store, tmp_path, free_port):
-    """Two supervisors with a cache of their own stand for two machines."""
+def test_two_machines_lose_a_rank_and_go_on(make_config, store, tmp_path):
     calm = make_config(run="calm", steps=60, checkpoint_every=10)
     assert train(calm, tmp_path) == 0
     config = calm.model_copy(update={"run": "two"})
-    other = config.model_copy(update={"cache": tmp_path / "other-cache"})
-    (tmp_path / "other-cache").mkdir()
-    os.symlink(config.cache / "null-captions", other.cache / "null-captions")
-    first = command(config, tmp_path, environment(0, free_port))
-    second = command(other, tmp_path, environment(1, free_port), name="second")
+    _, first = machine(config, tmp_path, 0)
+    other, second = machine(config, tmp_path, 1)
     try:
         until(lambda: list_steps(store, "two"))
-        os.kill(ranks_of(other)[1], signal.SIGKILL)
+        os.kill(next(iter(ranks_of(other).values())), signal.SIGKILL)
         assert first.wait(timeout=200) == 0
         assert second.wait(timeout=60) == 0
     finally:
         first.terminate()
         second.terminate()
     assert tensors(store, "two", 60) == tensors(store, "calm", 60)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_machine_goes_and_comes_back(make_config, store, tmp_path, lost):
+    """Machine `lost` (0: the leader) is killed; the other goes on alone; when it is started again both do."""
+    config = make_config(run="elastic", steps=400, checkpoint_every=20, validation_every=400)
+    patience = {"STARFLOW_PATIENCE": "2"}
+    processes = [machine(config, tmp_path, node, **patience)[1] for node in (0, 1)]
+    try:
+        until(lambda: list_steps(store, "elastic"))
+        processes[lost].kill()
+        until(lambda: any("1 ranks on 1 of 2 machines" in text for text in attempts(store, "elastic")))
+        alone = list_steps(store, "elastic")[-1]
+        until(lambda: list_steps(store, "elastic")[-1] > alone)
+        processes[lost].wait()
+        _, processes[lost] = machine(config, tmp_path, lost, **patience)
+        assert [process.wait(timeout=200) for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
+    assert "2 ranks on 2 of 2 machines" in attempts(store, "elastic")[-1]
+    found = lines(store, "elastic")
+    assert [line["step"] for line in found] == list(range(1, 401))
+    assert [line["samples"] for line in found] == list(range(8, 8 * 401, 8))
+
+
+@pytest.mark.slow
+def test_stop_through_the_store_ends_all_machines_for_good(make_config, store, tmp_path):
+    config = make_config(run="stopped", steps=5000, checkpoint_every=50, validation_every=5000)
+    processes = [machine(config, tmp_path, node)[1] for node in (0, 1)]
+    try:
+        until(lambda: list_steps(store, "stopped"))
+        store.write(stop_key("stopped", "one"), b"")
+        assert [process.wait(timeout=60) for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
+    assert read_events(store, "stopped")[-1]["kind"] == "preempted"
+    assert not list(store.list("runs/stopped/nodes/"))

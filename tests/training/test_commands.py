@@ -8,7 +8,7 @@ from starflow.errors import NotFoundError
 from starflow.objectstore import open_store
 from training.checkpoint_commands import list_ as list_checkpoints
 from training.run_commands import list_ as list_runs
-from training.supervisor import resolve
+from training.record import resolve
 from training.train_command import dry_run_plan
 
 

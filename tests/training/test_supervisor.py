@@ -7,7 +7,8 @@ import pytest
 from starflow.errors import ConfigError, NotFoundError
 from training.lease import Lease
 from training.run_commands import describe_run
-from training.supervisor import Supervisor, resolve
+from training.record import resolve
+from training.supervisor import Supervisor
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,82 @@
+"""The configuration that a run was started with: recorded in the store, the same for whoever goes on with it."""
+
+from __future__ import annotations
+
+import contextlib
+
+from starflow import manifest
+from starflow.checkpoints import list_steps
+from starflow.errors import AlreadyExistsError, ConfigError
+from starflow.objectstore import ObjectStore
+from starflow.snapshots import load_snapshot
+from training.architecture import architecture, check_data
+from training.config import TrainConfig
+from training.lease import Lease, LeaseHeldError
+from training.processes import identity
+from training.resume import check_same_config
+
+RUN_KIND, RUN_VERSION = "run", 1
+
+
+def resolve(store: ObjectStore, config: TrainConfig) -> TrainConfig:
+    """Fixes the snapshot: the one the run was started with, else the configured one.
+
+    The first call for a run checks its configuration and records it as ``runs/<run>/run.json``; another one takes
+    its place as long as no step is committed and nobody holds the lease. Raises ConfigError when the model or the
+    snapshot cannot be used or the run goes on with another configuration, NotFoundError without the snapshot.
+    """
+    if store.head(run_key(config.run)) is None:
+        _record(store, _checked(store, config))
+    try:
+        return adopt(store, config)
+    except ConfigError:
+        _start_anew(store, config)
+    return adopt(store, config)
+
+
+def run_key(run: str) -> str:
+    """Key of the run's configuration."""
+    return f"runs/{run}/run.json"
+
+
+def _checked(store: ObjectStore, config: TrainConfig) -> TrainConfig:
+    """With its snapshot fixed, which the model fits."""
+    flow = architecture(config)
+    snapshot = load_snapshot(store, config.snapshot)
+    check_data(flow, snapshot, config.preset)
+    return config.model_copy(update={"snapshot": snapshot.id})
+
+
+def _record(store: ObjectStore, config: TrainConfig) -> None:
+    body = {"config": config.model_dump(mode="json")}
+    with contextlib.suppress(AlreadyExistsError):  # somebody else starts it, too: theirs counts
+        manifest.commit(store, run_key(config.run), RUN_KIND, RUN_VERSION, body)
+
+
+def adopt(store: ObjectStore, config: TrainConfig) -> TrainConfig:
+    """The configuration on the run's snapshot. Raises ConfigError when the run has another one."""
+    theirs = manifest.load(store, run_key(config.run), RUN_KIND, RUN_VERSION)["config"]
+    newest = config.snapshot == "newest"
+    snapshot = theirs["snapshot"] if newest else load_snapshot(store, config.snapshot).id
+    check_same_config(config, theirs, f"run {config.run!r}")
+    return config.model_copy(update={"snapshot": snapshot})
+
+
+def _start_anew(store: ObjectStore, config: TrainConfig) -> None:
+    """Replaces the recorded configuration unless a step is committed or somebody is at work on one.
+
+    It holds the lease meanwhile: who takes it afterwards finds the new configuration.
+    """
+    lease = Lease(store, config.run, identity(), config.lease_seconds)
+    try:
+        lease.acquire(wait=1.0)
+    except LeaseHeldError:
+        return
+    try:
+        if list_steps(store, config.run):
+            return
+        checked = _checked(store, config)
+        store.delete([run_key(config.run)])
+        _record(store, checked)
+    finally:
+        lease.release()
