@@ -211,6 +211,8 @@ class S3Store(ObjectStore):
                 f"{self.url} refuses these credentials for {key} ({code or status}); "
                 "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and the bucket's policy"
             ) from error
+        if status == 507:
+            raise StoreError(f"{self.url} is full, it did not take {key} ({code}); make room there") from error
         if status is not None and 400 <= status < 500 and status not in (408, 409, 425, 429):
             raise StoreError(f"{self.url}/{key}: {message}") from error
 

@@ -7,6 +7,7 @@ import socket
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from starflow.objectstore import open_store
 from tests.training.small_snapshot import TEXT, TEXT_SHAPE, publish_samples
@@ -16,6 +17,21 @@ from training.config import TrainConfig
 @pytest.fixture(autouse=True)
 def one_thread():
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def process_group(tmp_path_factory):
+    """A group of this process alone, one for the whole session: DeepSpeed remembers the first it meets."""
+    file = tmp_path_factory.mktemp("rendezvous") / "store"
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def one_rank(process_group, monkeypatch):
+    """This process is the only rank of a run."""
+    monkeypatch.setenv("LOCAL_RANK", "0")  # what torchrun sets
 
 
 @pytest.fixture

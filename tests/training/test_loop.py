@@ -8,7 +8,6 @@ import math
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 
 from starflow.checkpoints import TrainedInfo
 from starflow.reader import SnapshotReader
@@ -21,13 +20,7 @@ from training.examples import ExampleMaker
 from training.loop import Loop, SaveFailedError, State, TrainingDivergedError
 from training.metrics import MetricsLog
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_rank(tmp_path_factory):
-    file = tmp_path_factory.mktemp("rendezvous") / "store"
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("one_rank")
 
 
 class FakeEngine:
