@@ -54,7 +54,16 @@ def test_place():
 
 def test_rendezvous():
     news = Announcement(launch="one", attempt=3, members=("b", "a"), ranks=4, master="10.0.0.1:4000")
-    assert news.torchrun("a") == "--nnodes 2 --node-rank 1 --master-addr 10.0.0.1 --master-port 4000".split()
+    assert news.torchrun("a") == [
+        "--nnodes",
+        "2",
+        "--node-rank",
+        "1",
+        "--master-addr",
+        "10.0.0.1",
+        "--master-port",
+        "4000",
+    ]
     assert not news.on_one_machine
     assert news.model_copy(update={"members": ("b",)}).torchrun("b") == ["--standalone"]
     assert news.model_copy(update={"master": "127.0.0.1:4000"}).on_one_machine

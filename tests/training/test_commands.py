@@ -7,8 +7,8 @@ import pytest
 from starflow.errors import NotFoundError
 from starflow.objectstore import open_store
 from training.checkpoint_commands import list_ as list_checkpoints
-from training.run_commands import list_ as list_runs
 from training.record import resolve
+from training.run_commands import list_ as list_runs
 from training.train_command import dry_run_plan
 
 

@@ -6,8 +6,8 @@ import pytest
 
 from starflow.errors import ConfigError, NotFoundError
 from training.lease import Lease
-from training.run_commands import describe_run
 from training.record import resolve
+from training.run_commands import describe_run
 from training.supervisor import Supervisor
 
 
