@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed
 GPU_PYTHON ?= python3
 export PYTHONUNBUFFERED = 1
 
-.PHONY: help demo test test-all lint format bench gpu clean
+.PHONY: help demo test test-all lint format docs bench gpu clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -38,6 +38,10 @@ format: $(STAMP)  ## rewrite the sources in the project's style
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
+docs: $(STAMP)  ## build the documentation site into site/, with every link checked and without network
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "site/index.html"
+
 bench: $(STAMP)  ## run every benchmark that needs no GPU and write benchmarks/results/
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
@@ -48,4 +52,4 @@ gpu:  ## run every GPU test and benchmark with the CUDA build of torch that $(GP
 
 clean:  ## remove the virtual environment and everything generated
 	@[ ! -x $(BIN)/starflow ] || $(BIN)/starflow down
-	rm -rf $(VENV) .starflow demo-output build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .starflow demo-output site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
