@@ -6,10 +6,11 @@ decodes and captions a chunk a call; a chunk whose actor died is given to anothe
 
 from __future__ import annotations
 
+import hashlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -59,9 +60,9 @@ class CaptionWorker:
 
     def caption(self, record: str, pictures: Sequence[Picture], alts: Sequence[str]) -> dict[str, int]:
         """Commits the captions of `pictures` (rows index `alts`); one that cannot be decoded has an empty one."""
-        return self._commit(record, originals(self.store, pictures), alts)
+        return self.commit(record, originals(self.store, pictures), alts)
 
-    def _commit(
+    def commit(
         self, record: str, images: dict[int, Image.Image], alts: Sequence[str], decoded: int = 0
     ) -> dict[str, int]:
         """Commits, under the key `record`, a caption for each of `alts`, of the images by row; returns their counts.
@@ -81,19 +82,23 @@ class CaptionWorker:
         return counts
 
 
-def originals(store: ObjectStore, pictures: Iterable[Picture]) -> dict[int, Image.Image]:
-    """The pictures by row, decoded; without those whose bytes are gone or are no picture."""
+def originals(
+    store: ObjectStore, pictures: Sequence[Picture], ids: Sequence[str] | None = None
+) -> dict[int, Image.Image]:
+    """The pictures by row, decoded; without those whose bytes are gone, are no picture, or are not those of `ids`.
+
+    `ids` (SHA-256 by row) are checked where they are given.
+    """
     found: dict[int, Image.Image] = {}
-    for span in spans(list(pictures)):
+    for span in spans(pictures):
         try:
             contents = list(fetch(store, span))
         except NotFoundError:
             continue
         for picture, data in contents:
-            try:
-                found[picture.row] = decode_image(data)
-            except ImageError:
-                continue
+            if ids is None or hashlib.sha256(data).hexdigest() == ids[picture.row]:
+                with suppress(ImageError):
+                    found[picture.row] = decode_image(data)
     return dict(sorted(found.items()))
 
 

@@ -28,6 +28,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "status": ("infra.cli", "status", "Show the local stack."),
     "prefect": ("infra.cli", "prefect", "Register the deployments on a Prefect server."),
     "refresh": ("pipelines.cli", "refresh", "Crawl, caption, filter, encode and publish a snapshot."),
+    "recaption": ("pipelines.recaption_command", "recaption", "Publish a snapshot with new captions."),
     "snapshots": ("pipelines.snapshots_cli", "snapshots", "List, show, compare and check published snapshots."),
     "preview": ("pipelines.snapshots_cli", "preview", "Decode a few samples of a snapshot back to pictures."),
     "takedown": ("pipelines.snapshots_cli", "takedown", "Publish a snapshot without some samples, for good."),

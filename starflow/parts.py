@@ -76,8 +76,8 @@ class PartPlan(Config):
         return min(self.shard, self.rows - index * self.shard)
 
 
-def text_array(layer: int) -> str:
-    """Name of the Zarr array with the text states of a caption layer."""
+def text_array(layer: int | str) -> str:
+    """Name of the Zarr array with the text states of a caption layer: numbered, or added later by name."""
     return f"text/{layer}"
 
 
@@ -280,8 +280,12 @@ def complete(samples: pa.Table) -> pa.Table:
     return pa.table(columns, names=SAMPLES.names[1:])
 
 
-def layer_id(layer: LayerPlan) -> str:
-    """Names what a layer added to a finished part holds: its origin, version and text encoder, not its weight."""
+def layer_folder(part: Part, layer: LayerPlan) -> str:
+    """Where the objects of a layer added to a finished part lie: by its origin, version and text encoder."""
+    return f"parts/{part.id}/captions/{_layer_id(layer)}"
+
+
+def _layer_id(layer: LayerPlan) -> str:
     return hashlib.sha256(layer.model_dump_json(exclude={"weight"}).encode()).hexdigest()[:16]
 
 
@@ -294,32 +298,40 @@ def add_layer(
 ) -> CaptionLayer:
     """Writes one more caption layer of a finished part, whose other objects stay as they are.
 
-    `captions` has one a row; `states` are the written shards of the text states (see `write_states`).
+    `captions` has one a row; `states` are the shards of its text states, which `write_states` has written.
     """
-    name = layer_id(layer)
-    folder = f"parts/{part.id}/captions/{name}"
-    buffer = io.BytesIO()
+    folder, buffer, text = layer_folder(part, layer), io.BytesIO(), None
     table = pa.table([pa.array(np.arange(part.rows)), pa.array(captions, pa.string())], schema=CAPTIONS)
     pq.write_table(table, buffer, compression="zstd", row_group_size=part.shard)
-    text = None
     if layer.text is not None and states is not None:
         spec, refs = states
-        array = f"text/{name}"
+        array = text_array(_layer_id(layer))
         latents.write_metadata(store, part.id, {array: spec}, part.chunk, part.shard)
-        index = manifest.put(store, f"{folder}.index.parquet", write_index(refs))
+        index = manifest.put(store, f"{folder}/index.parquet", write_index(refs))
         text = TextStates(array=array, spec=spec, encoder=layer.text, index=index)
     return CaptionLayer(
         origin=layer.origin,
         version=layer.version,
         weight=layer.weight,
-        captions=manifest.put(store, f"{folder}.parquet", buffer.getvalue()),
+        captions=manifest.put(store, f"{folder}/captions.parquet", buffer.getvalue()),
         text=text,
     )
 
 
 def write_states(store: ObjectStore, part: Part, layer: LayerPlan, index: int, states: NDArray[Any]) -> ShardRef:
     """Writes shard `index` of the text states (rows, L, E) of a layer to be added; see `write_shard`."""
-    array = f"text/{layer_id(layer)}"
+    array = text_array(_layer_id(layer))
     data = latents.encode_shard(states.astype(np.float16, copy=False), part.chunk, part.shard)
     ref = create_object(store, shard_key(part.id, array, index, 3), data)
     return ShardRef(index=index, rows=len(states), objects={array: ref})
+
+
+def written_states(store: ObjectStore, part: Part, layer: LayerPlan, index: int) -> ShardRef | None:
+    """What `write_states` has written, or None."""
+    array = text_array(_layer_id(layer))
+    key = shard_key(part.id, array, index, 3)
+    if store.head(key) is None:
+        return None
+    data = store.read(key)
+    ref = ObjectRef(key=key, size=len(data), sha256=hashlib.sha256(data).hexdigest())
+    return ShardRef(index=index, rows=min(part.shard, part.rows - index * part.shard), objects={array: ref})
