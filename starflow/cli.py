@@ -35,6 +35,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "plan": ("infra.plan_command", "plan", "Hours, dollars and storage of a data set and a model."),
     "cluster": ("infra.cluster.command", "cluster", "Render container, Kubernetes, Ray and Terraform files."),
     "train": ("training.cli", "train", "Train a run, or resume it where it stopped."),
+    "launch": ("infra.launch_command", "launch", "Train on this machine, over ssh, on Slurm, Kubernetes or Ray."),
     "train-vae": ("training.vae_cli", "train_vae", "Train a small VAE on a folder of pictures."),
     "finetune-decoder": ("training.decoder_cli", "finetune_decoder", "Teach a VAE's decoder to decode noisy latents."),
     "runs": ("training.cli", "runs", "List, show and compare training runs."),

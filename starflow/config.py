@@ -32,7 +32,7 @@ def load_config(model: type[C], file: Path | None = None, overrides: Sequence[st
     """
     data: dict[str, Any] = {}
     if file is not None:
-        data = _read_yaml(file)
+        data = read_yaml(file)
     data.update({key: value for key, value in values.items() if value is not None})
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -49,7 +49,8 @@ def load_config(model: type[C], file: Path | None = None, overrides: Sequence[st
         raise ConfigError(f"configuration{where}: " + "; ".join(_explain(model, error))) from error
 
 
-def _read_yaml(file: Path) -> dict[str, Any]:
+def read_yaml(file: Path) -> dict[str, Any]:
+    """The settings in a YAML file. Raises ConfigError when it is missing or holds something else."""
     try:
         data = yaml.safe_load(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
