@@ -25,10 +25,10 @@ def die_with_parent() -> None:
 def identity() -> str:
     """<place>:<pid>:<start> of this process: unique, and checkable by others in the same place."""
     process = psutil.Process()
-    return f"{_place()}:{process.pid}:{process.create_time():.2f}"
+    return f"{this_place()}:{process.pid}:{process.create_time():.2f}"
 
 
-def _place() -> str:
+def this_place() -> str:
     """Host name, boot and process namespace: host names repeat, and containers number processes anew."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")[:8]
     namespace = os.readlink("/proc/self/ns/pid").partition("[")[2].rstrip("]")
@@ -38,7 +38,7 @@ def _place() -> str:
 def is_gone(owner: str) -> bool:
     """True if `owner` (see `identity`) is known to have ended; processes elsewhere are never known to have."""
     place, *process = owner.rsplit(":", 2)
-    if place != _place() or len(process) != 2:
+    if place != this_place() or len(process) != 2:
         return False
     try:
         return f"{psutil.Process(int(process[0])).create_time():.2f}" != process[1]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,7 +13,7 @@ import typer
 
 def train(
     overrides: Annotated[list[str] | None, typer.Argument(help="Settings as key=value, over the file's.")] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML file with the settings.")] = None,
+    config: Annotated[str | None, typer.Option(help="YAML file with the settings, or its s3:// URL.")] = None,
     init_from: Annotated[
         str | None, typer.Option("--from", help="Start a new run from this checkpoint: STORE/RUN or STORE/RUN@STEP.")
     ] = None,
@@ -25,7 +28,8 @@ def train(
     from training.launch import PREEMPTED_STATUS
     from training.supervisor import Supervisor
 
-    settings = load_config(TrainConfig, config, overrides or (), init_from=init_from)
+    with _as_file(config) as file:
+        settings = load_config(TrainConfig, file, overrides or (), init_from=init_from)
     if dry_run:
         _show_plan(settings, as_json)
         return
@@ -39,6 +43,20 @@ def train(
         raise typer.Exit(1)
     if outcome == "preempted" and not supervisor.told_to_end:
         raise typer.Exit(PREEMPTED_STATUS)
+
+
+@contextmanager
+def _as_file(config: str | None) -> Iterator[Path | None]:
+    """The configuration as a file; machines that were launched read theirs from the store."""
+    if config is None or "://" not in config:
+        yield Path(config) if config else None
+        return
+    from starflow.objectstore import open_store
+
+    folder, _, name = config.rpartition("/")
+    with tempfile.TemporaryDirectory() as here:
+        open_store(folder).download(name, Path(here) / name)
+        yield Path(here) / name
 
 
 def _show_plan(settings: Any, as_json: bool) -> None:
