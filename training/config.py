@@ -43,7 +43,8 @@ class TrainConfig(Config):
 
     zero_stage: Literal[0, 1, 2, 3] = Field(2, description="What ranks share: 1 optimizer, 2 gradients, 3 weights too.")
     offload: Literal["none", "cpu", "nvme"] = Field(
-        "none", description="Where optimizer states (and ZeRO-3 weights) live."
+        "none",
+        description="Where masters and moments live: the device, the CPU's memory, or a disk. ZeRO-3 weights: the CPU.",
     )
     nvme_path: Path | None = Field(None, description="Folder on a fast local disk, for offload: nvme.")
     precision: Literal["float32", "autocast", "bfloat16"] = Field(
@@ -133,10 +134,10 @@ class TrainConfig(Config):
             )
         if self.per_rank % self.micro:
             raise ValueError(f"micro_batch_size {self.micro} does not divide {self.per_rank} samples per rank")
-        if self.offload == "nvme" and (self.nvme_path is None or self.zero_stage != 3):
-            raise ValueError("offload nvme needs nvme_path and zero_stage 3")
-        if self.offload == "cpu" and self.zero_stage == 0:
-            raise ValueError("offload cpu needs zero_stage 1, 2 or 3")
+        if self.offload == "nvme" and self.nvme_path is None:
+            raise ValueError("offload nvme needs nvme_path, a folder on a fast local disk")
+        if self.offload != "none" and self.zero_stage == 0:
+            raise ValueError(f"offload {self.offload} needs zero_stage 1, 2 or 3")
         if self.zero_stage == 0 and self.precision == "bfloat16":
             raise ValueError("precision bfloat16 keeps float32 masters in ZeRO; use zero_stage 1, or autocast")
         return self

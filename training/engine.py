@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from starflow.model import STARFlow
 from training.config import TrainConfig
+from training.offload import zeros_on_disk
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -77,10 +78,13 @@ def deepspeed_config(config: TrainConfig, parameters: int) -> dict[str, Any]:
         "reduce_bucket_size": min(100_000_000, parameters),
         "allgather_bucket_size": min(500_000_000, parameters + parameters % 2),
     }
+    if config.checkpointing != "none":
+        # DeepSpeed's linear layer adds the bias in place to the product that selective checkpointing keeps, and so
+        # twice. What it is for, not to keep gathered weights for the backward pass, checkpointing does as well.
+        zero["memory_efficient_linear"] = False
     if config.offload != "none":
-        target: dict[str, Any] = {"device": config.offload, "pin_memory": torch.cuda.is_available()}
-        if config.nvme_path is not None:
-            target["nvme_path"] = str(config.nvme_path)
+        # For DeepSpeed "nvme" is the CPU, too: the tensors that its optimizer updates are then mapped files.
+        target: dict[str, Any] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
         zero["offload_optimizer"] = target
         if config.zero_stage == 3:
             zero["offload_param"] = target
@@ -264,13 +268,23 @@ class Engine:
         return list(self._engine.optimizer.single_partition_of_fp32_groups)
 
     def _create_moments(self) -> None:
-        """What AdamW would create at its first step: made now, a snapshot has one layout from the start."""
+        """What AdamW would create at its first step: made now, a snapshot has one layout from the start.
+
+        With offload to a disk they and the masters lie there.
+        """
+        folder = self.config.nvme_path if self.config.offload == "nvme" else None
         for flat in self._flats():
+            if folder:
+                flat.data = zeros_on_disk(folder, flat.numel()).copy_(flat.data)
             state = self._adam.state[flat]
             if not state:
                 state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
                 for key in MOMENTS:
-                    state[key] = torch.zeros_like(flat, memory_format=torch.preserve_format)
+                    state[key] = (
+                        zeros_on_disk(folder, flat.numel())
+                        if folder
+                        else torch.zeros_like(flat, memory_format=torch.preserve_format)
+                    )
 
     def _fragments(self, names: dict[int, str]) -> list[Fragment]:
         locate = {0: self._locate_plain, 3: self._locate_partitioned}.get(self.config.zero_stage, self._locate_flat)

@@ -40,6 +40,11 @@ def saved(make_config, store, metrics):
     setup.saver.close()
 
 
+def same(state, other):
+    """Bit for bit."""
+    return all(torch.equal(a, b) for a, b in zip(state, other, strict=True))
+
+
 def test_memory_holds_safetensors_files():
     tensors = {"a@0": torch.arange(5.0), "b@3": torch.ones(7)}
     snapshot = Snapshot({"weights": tensors, "optimizer": {"r": torch.arange(9, dtype=torch.uint8)}})
@@ -134,3 +139,32 @@ def test_spikes_and_nans_leave_weights_and_moments_alone(make_config, stage):
     assert all(torch.equal(a, b) for a, b in zip(setup.state(), before, strict=True))
     setup.engine.backward([batch])
     assert setup.engine.step(1e-3).applied
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_offload_to_cpu_and_disk_changes_nothing(make_config, store, metrics, tmp_path, stage):
+    Lease(store, "test", "tester:1:1", seconds=600).acquire()
+    plain = Setup(make_config(ranks=1, zero_stage=stage))
+    plain.train(2)
+    plain.train(1)
+    for offload in ("cpu", "nvme"):
+        config = make_config(ranks=1, zero_stage=stage, offload=offload, nvme_path=tmp_path / "nvme")
+        setup = Setup(config)
+        setup.train(2)
+        assert setup.save(2, metrics) == ""
+        setup.saver.close()
+        other = Setup(config, seed=5)
+        assert resume(store, config, other.engine, other.ema).step == 2
+        assert same(other.state(), setup.state())
+        setup.train(1)
+        other.train(1)
+        assert same(setup.state(), plain.state())
+        assert same(other.state(), plain.state())
+        store.delete(["runs/test/checkpoints/000000002.json"])
+    assert list((tmp_path / "nvme").iterdir()) == []  # nothing is left behind
+
+
+def test_a_disk_without_room_for_the_optimizer_is_named(make_config, tmp_path):
+    (tmp_path / "nvme").write_text("no folder")
+    with pytest.raises(ConfigError, match=r"nvme_path .*/nvme does not take \d+ bytes"):
+        Setup(make_config(ranks=1, offload="nvme", nvme_path=tmp_path / "nvme"))

@@ -29,6 +29,7 @@ def test_recipe_fills_in_and_the_file_wins(tmp_path):
         (["preset=imagenet-512"], "steps is missing"),
         (["snapshot=true"], "snapshot = True"),
         (["offload=nvme"], "nvme_path"),
+        (["offload=cpu", "zero_stage=0"], "zero_stage 1, 2 or 3"),
         (["zero_stage=0", "precision=bfloat16"], "zero_stage 1"),
     ],
 )
