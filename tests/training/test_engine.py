@@ -1,0 +1,70 @@
+"""What saves memory or time changes nothing that is computed: ZeRO-3 with activation checkpointing and compilation."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from starflow.model import STARFlow
+from training.architecture import architecture
+from training.engine import Engine
+
+#: "none" last: it has DeepSpeed replace torch's linear function for the rest of the process.
+MODES = ("selective", "full", "none")
+
+
+def work(rank, port, configs, folder):
+    """One rank: three steps under each configuration from the same weights; rank 0 writes the mean losses down."""
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    losses = {name: train(config, rank) for name, config in configs.items()}
+    if rank == 0:
+        torch.save(losses, folder / "losses.pt")
+    dist.destroy_process_group()
+
+
+def train(config, rank):
+    torch.manual_seed(7)
+    flow = STARFlow(architecture(config))
+    with torch.no_grad():  # away from the identity, where most gradients are zero
+        for parameter in flow.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    engine = Engine(flow, config)
+    generator = torch.Generator().manual_seed(1)
+    losses = []
+    for _ in range(3):
+        latents, text = torch.randn(8, 4, 8, 8, generator=generator), torch.randn(8, 6, 24, generator=generator)
+        mine = slice(4 * rank, 4 * rank + 4)
+        loss, _ = engine.backward([(latents[mine], text[mine])])
+        engine.step(1e-2)
+        dist.all_reduce(loss)
+        losses.append(loss / 2)
+    return torch.stack(losses)
+
+
+def compare(make_config, free_port, tmp_path, variants):
+    configs = {"plain": make_config(zero_stage=0)}
+    configs |= {name: make_config(zero_stage=3, **values) for name, values in variants.items()}
+    mp.spawn(work, (free_port, configs, tmp_path), nprocs=2)
+    losses = torch.load(tmp_path / "losses.pt", weights_only=True)
+    plain = losses.pop("plain")
+    assert losses.keys() == variants.keys()
+    assert abs(plain[0] - plain[2]) > 0.01  # it learns
+    for name, found in losses.items():
+        torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_zero_3_with_checkpointing_computes_the_same(make_config, free_port, tmp_path):
+    variants = {mode: {"checkpointing": mode} for mode in MODES}
+    compare(make_config, free_port, tmp_path, variants)
+
+
+@pytest.mark.slow
+def test_zero_3_compiled_with_checkpointing_computes_the_same(make_config, free_port, tmp_path):
+    variants = {mode: {"checkpointing": mode, "compile": True} for mode in MODES}
+    compare(make_config, free_port, tmp_path, variants)
