@@ -1,6 +1,7 @@
-"""Registers the project's deployments, limits and automations on a Prefect server; repeating it changes nothing.
+"""Sets up a Prefect server: pool, limits, variables, blocks, deployments, automations; repeating it changes nothing.
 
-What people change in the UI stays: schedules (times, on or off) and whether an automation is on.
+What people change in the UI stays: the pool's and the stores' limits, the variable's and the blocks' values, schedules
+(times, on or off) and whether an automation is on.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import yaml
 
 from infra.prefect_client import PrefectAPI
 from infra.services import POOL, last_line
+from pipelines.deployment import SECRETS, STORE_VARIABLE, limit_name
 from starflow.errors import NotFoundError, StarflowError
 
 #: Flow runs that the work pool runs side by side, unless set otherwise in the UI.
@@ -28,31 +30,49 @@ DEFINITIONS = (
     "infra/flows.py",
     "pipelines/flows.py",
     "pipelines/config.py",
+    "pipelines/deployment.py",
+    "pipelines/gate.py",
+    "infra/bootstrap.py",
+    "infra/cleanup.py",
     "training/config.py",
     "training/recipes.py",
     "starflow/forms.py",
 )
+#: Block with the address that the automation for failures calls, and the environment variable of its first value.
+WEBHOOK_BLOCK, WEBHOOK_VARIABLE = "starflow-webhook", "STARFLOW_WEBHOOK_URL"
 #: Prefect variable that holds the digest of what was registered last.
 DIGEST_VARIABLE = "starflow_registered"
 
 
 def bootstrap(api_url: str, store: str, *, force: bool = False) -> dict[str, Any]:
-    """Brings the server at `api_url` up to date; `store` becomes the deployments' default store.
+    """Brings the server at `api_url` up to date. `store` is the deployments' default store unless one is set there.
 
-    Returns JSON: ``{"deployments": "registered" | "unchanged", "automations": {"created", "updated"}}``.
+    Secret blocks and the webhook's address are made from the environment (`SECRETS`, `WEBHOOK_VARIABLE`), empty where
+    it has none, and never overwritten.
+
+    Returns JSON: ``{"deployments": "registered" | "unchanged", "store", "automations": {"created", "updated"}}``.
     Raises StarflowError when the server refuses something or cannot be reached.
     """
     api = PrefectAPI(api_url)
-    digest = definition_digest(store)
+    chosen = _variable(api, STORE_VARIABLE)
+    if chosen is None:
+        chosen = store
+        _set_variable(api, STORE_VARIABLE, store)
+    digest = definition_digest(chosen)
     if not force and _variable(api, DIGEST_VARIABLE) == digest:
-        return {"deployments": "unchanged", "automations": {"created": [], "updated": []}}
+        return {"deployments": "unchanged", "store": chosen, "automations": {"created": [], "updated": []}}
     _ensure_pool(api)
+    _ensure_limit(api, limit_name(chosen))
+    for block, variable in SECRETS.items():
+        _ensure_block(api, "secret", block, {"value": os.environ.get(variable, "")})
+    webhook = os.environ.get(WEBHOOK_VARIABLE, "")
+    _ensure_block(api, "webhook", WEBHOOK_BLOCK, {"method": "POST", "url": webhook})
     schedules = _schedules(api)
-    _deploy(api_url, store)
+    _deploy(api_url)
     _restore(api, schedules)
-    automations = _ensure_automations(api)
+    automations = _ensure_automations(api, bool(webhook))
     _set_variable(api, DIGEST_VARIABLE, digest)
-    return {"deployments": "registered", "automations": automations}
+    return {"deployments": "registered", "store": chosen, "automations": automations}
 
 
 def definition_digest(store: str) -> str:
@@ -73,14 +93,32 @@ def _ensure_pool(api: PrefectAPI) -> None:
         api.patch(f"/work_pools/{POOL}", {"concurrency_limit": RUNS_AT_ONCE})
 
 
-def _deploy(api_url: str, store: str) -> None:
+def _ensure_limit(api: PrefectAPI, name: str) -> None:
+    """Of the runs that add snapshots to a store, one at a time."""
+    if name not in {limit["name"] for limit in api.post("/v2/concurrency_limits/filter")}:
+        api.post("/v2/concurrency_limits/", {"name": name, "limit": 1})
+
+
+def _ensure_block(api: PrefectAPI, kind: str, name: str, data: dict[str, Any]) -> None:
+    """Makes the block unless there is one of that name."""
+    try:
+        api.get(f"/block_types/slug/{kind}/block_documents/name/{name}")
+    except NotFoundError:
+        block_type = api.get(f"/block_types/slug/{kind}")["id"]
+        wanted = {"block_schemas": {"block_type_id": {"any_": [block_type]}}, "limit": 1}
+        schema = api.post("/block_schemas/filter", wanted)[0]["id"]  # the newest comes first
+        body = {"name": name, "data": data, "block_type_id": block_type, "block_schema_id": schema}
+        api.post("/block_documents/", body)
+
+
+def _deploy(api_url: str) -> None:
     """`prefect deploy --all` in a child: reading the flows imports half the world."""
     file = ROOT / "prefect.yaml"
     if not file.exists():
         raise StarflowError(f"{file} is missing; install the project from its checkout: pip install -e .")
     finished = subprocess.run(
         [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(file)],
-        env=os.environ | {"PREFECT_API_URL": api_url, "STARFLOW_STORE": store, "DO_NOT_TRACK": "1"},
+        env=os.environ | {"PREFECT_API_URL": api_url, "DO_NOT_TRACK": "1"},
         cwd=ROOT,
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -108,13 +146,18 @@ def _restore(api: PrefectAPI, before: dict[tuple[str, str], dict[str, Any]]) -> 
             api.patch(f"/deployments/{deployment}/schedules/{schedule['id']}", wanted)
 
 
-def _ensure_automations(api: PrefectAPI) -> dict[str, list[str]]:
+def _ensure_automations(api: PrefectAPI, webhook: bool) -> dict[str, list[str]]:
+    """Those that call the webhook start off without its address."""
     existing = {automation["name"]: automation for automation in api.post("/automations/filter")}
     done: dict[str, list[str]] = {"created": [], "updated": []}
     for wanted in yaml.safe_load((ROOT / "infra" / "automations.yaml").read_text(encoding="utf-8")):
         for action in wanted["actions"]:
             if full_name := action.pop("deployment", None):
                 action["deployment_id"] = api.get(f"/deployments/name/{full_name}")["id"]
+            if action["type"] == "call-webhook":
+                block = api.get(f"/block_types/slug/webhook/block_documents/name/{WEBHOOK_BLOCK}")
+                action["block_document_id"] = block["id"]
+                wanted["enabled"] = webhook
         old = existing.get(wanted["name"])
         if old is None:
             api.post("/automations/", wanted)

@@ -119,19 +119,22 @@ def _prefect() -> None:
 def bootstrap(
     api_url: Annotated[str, typer.Option(help="The server, as http://HOST:PORT/api.", envvar="PREFECT_API_URL")],
     store: Annotated[
-        str, typer.Option(help="Default store of the deployments.", envvar="STARFLOW_STORE")
+        str,
+        typer.Option(
+            help="First value of the variable starflow_store, the deployments' default store.", envvar="STARFLOW_STORE"
+        ),
     ] = "s3://starflow",
     force: Annotated[bool, typer.Option("--force", help="Register again although nothing has changed.")] = False,
     json: Json = False,
 ) -> None:
-    """Register deployments, work pool and automations. Repeating it keeps what was changed in the UI."""
+    """Register work pool, limits, blocks, deployments, automations. Repeating it keeps what was changed in the UI."""
     from infra.bootstrap import bootstrap as register
 
     answer = register(api_url, store, force=force)
     if json:
         print_json(answer)
         return
-    console.print(f"deployments {answer['deployments']}")
+    console.print(f"deployments {answer['deployments']}; their default store: {answer['store']}", highlight=False)
     for what, names in answer["automations"].items():
         for name in names:
             console.print(f"automation {what}: {name}", highlight=False)

@@ -1,4 +1,4 @@
-"""Training as a Prefect flow: it launches the `starflow train` of the command line and shows how it goes."""
+"""Training and cleaning up as Prefect flows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from uuid import UUID
 
 import psutil
 import yaml
-from prefect import flow, get_run_logger
+from prefect import flow, get_run_logger, task
 from prefect.artifacts import (
     create_image_artifact,
     create_markdown_artifact,
@@ -26,12 +26,15 @@ from prefect.artifacts import (
     create_table_artifact,
     update_progress_artifact,
 )
+from prefect.cache_policies import NO_CACHE
 
 from infra import processes
+from infra.cleanup import CleanupConfig, clean_runs, clean_snapshots
+from pipelines.flows import secrets_to_environment
 from starflow.config import load_config
 from starflow.errors import StarflowError
 from starflow.forms import answer_rows, parameters_of
-from starflow.objectstore import open_store
+from starflow.objectstore import ObjectStore, open_store
 from training.config import TrainConfig
 from training.curves import draw_curves
 from training.launch import PREEMPTED_STATUS
@@ -67,6 +70,34 @@ def train(**parameters: Any) -> dict[str, Any]:
     if process.returncode:
         raise StarflowError(own_error(last) or f"training ended with exit code {process.returncode} and no word")
     return answer
+
+
+@flow(name="cleanup")
+@parameters_of(CleanupConfig)
+def cleanup(**parameters: Any) -> dict[str, Any]:
+    """Deletes what no snapshot and no checkpoint needs any more; safe beside refreshes and training runs."""
+    secrets_to_environment()
+    config = CleanupConfig.model_validate(parameters)
+    store = open_store(config.store)
+    snapshots = snapshots_task(store, config)
+    runs = runs_task(store, config)
+    answer = snapshots | {"checkpoints": sum(map(len, runs.values())), "dry_run": config.dry_run}
+    create_table_artifact(answer_rows(answer), key="cleanup-answer", description=f"Cleaned {config.store}")
+    rows = [{"run": run, "steps": ", ".join(map(str, steps))} for run, steps in runs.items()]
+    create_table_artifact(rows, key="cleanup-checkpoints", description="Checkpoints deleted, by run")
+    return answer
+
+
+@task(name="snapshots", task_run_name="snapshots", cache_policy=NO_CACHE)
+def snapshots_task(store: ObjectStore, config: CleanupConfig) -> dict[str, Any]:
+    """Old snapshots and unreferenced objects."""
+    return clean_snapshots(store, config)
+
+
+@task(name="checkpoints", task_run_name="checkpoints", cache_policy=NO_CACHE)
+def runs_task(store: ObjectStore, config: CleanupConfig) -> dict[str, list[int]]:
+    """Checkpoints of all runs."""
+    return clean_runs(store, config)
 
 
 def plain(parameters: dict[str, Any]) -> dict[str, Any]:

@@ -1,17 +1,20 @@
-"""The refresh as a Prefect flow: the stages of `starflow refresh`, with a page that people can read."""
+"""The Prefect flows that write snapshots: refresh and backfill, with pages that people can read."""
 
 from __future__ import annotations
 
 import base64
 import io
+import os
 import tempfile
 import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 from uuid import UUID
 
 import numpy as np
-from prefect import flow, get_run_logger, task
+from prefect import flow, get_client, get_run_logger, task
 from prefect.artifacts import (
     create_image_artifact,
     create_markdown_artifact,
@@ -19,13 +22,22 @@ from prefect.artifacts import (
     create_table_artifact,
     update_progress_artifact,
 )
+from prefect.blocks.system import Secret
 from prefect.cache_policies import NO_CACHE
+from prefect.concurrency.sync import concurrency
 from prefect.events import emit_event
+from prefect.exceptions import FlowPauseTimeout, ObjectAlreadyExists
+from prefect.flow_runs import pause_flow_run
+from prefect.input import RunInput
+from prefect.runtime import flow_run
+from prefect.states import Cancelled, State
+from pydantic import Field
 
-from pipelines.config import RefreshConfig
+from pipelines.deployment import SECRETS, BackfillConfig, limit_name
+from pipelines.gate import GatedRefreshConfig, GateRefusedError, Measure, candidate, exceeded, measure
 from pipelines.refresh import STAGES, RefreshResult, Stage, result, run_stage
 from pipelines.state import RefreshState
-from starflow.forms import answer_rows, parameters_of
+from starflow.forms import answer_rows, fields_of, parameters_of
 from starflow.objectstore import ObjectStore
 from starflow.snapshots import Snapshot, load_snapshot
 
@@ -33,18 +45,100 @@ from starflow.snapshots import Snapshot, load_snapshot
 PUBLISHED_EVENT = "starflow.snapshot.published"
 #: Samples in the picture grid of a run's page.
 PICTURES = 32
+#: Seconds: how long a dead run still holds its store, how long a run waits for another, and for its own crashed self.
+LEASE_SECONDS, PATIENCE_SECONDS, PATIENCE_AFTER_CRASH_SECONDS = 60, 3.0, 150.0
+
+#: What becomes of refused work.
+KEPT = "nothing is published and the work is kept: the next refresh of this store takes it up again"
+
+Answer = dict[str, Any]
 
 
 @flow(name="refresh")
-@parameters_of(RefreshConfig)
-def refresh(**parameters: Any) -> dict[str, Any]:
+@parameters_of(GatedRefreshConfig)
+def refresh(**parameters: Any) -> Answer | State[Any]:
     """Crawls, captions, filters and encodes what is new in a list of URLs, and publishes a snapshot."""
-    config = RefreshConfig.model_validate(parameters)
-    page = RunPage()
+    config = GatedRefreshConfig.model_validate(parameters)
+    return alone(config.store, lambda: refresh_once(config))
+
+
+@flow(name="backfill")
+@parameters_of(BackfillConfig, GatedRefreshConfig, hidden=("urls",))
+def backfill(**parameters: Any) -> Answer | State[Any]:
+    """Refreshes from several URL lists, one after the other; what an earlier run has done costs no request again."""
+    lists = fields_of(BackfillConfig, parameters).partitions()
+    configs = [fields_of(GatedRefreshConfig, parameters, urls=each) for each in lists]
+    return alone(configs[0].store, lambda: backfill_lists(configs))
+
+
+def backfill_lists(configs: Sequence[GatedRefreshConfig]) -> Answer:
+    """A refresh for each of `configs`, as a flow run below this one; ends at the first that fails."""
+    progress = cast(UUID, create_progress_artifact(0.0, key="backfill-progress", description=configs[0].urls))
+    rows: list[dict[str, Any]] = []
+    for number, config in enumerate(configs):
+        update_progress_artifact(progress, 100.0 * number / len(configs), description=config.urls)
+        answer = refresh_list.with_options(flow_run_name=config.urls.rsplit("/", 1)[-1])(config.model_dump(mode="json"))
+        rows.append({"list": config.urls} | {key: answer[key] for key in ("snapshot", "added", "total")})
+    update_progress_artifact(progress, 100.0, description=f"{len(configs)} lists")
+    create_table_artifact(rows, key="backfill-lists", description="Snapshot after each list")
+    total = {"lists": len(rows), "snapshot": rows[-1]["snapshot"], "added": sum(row["added"] for row in rows)}
+    create_table_artifact(answer_rows(total), key="backfill-answer", description="Backfill")
+    return total
+
+
+@flow(name="refresh-list", validate_parameters=False)
+def refresh_list(settings: dict[str, Any]) -> Answer:
+    """One list of a backfill: an ordinary refresh, under the backfill's own hold of the store."""
+    return refresh_once(GatedRefreshConfig.model_validate(settings))
+
+
+def alone(store: str, work: Callable[[], Answer]) -> Answer | State[Any]:
+    """What `work` returns, done while nobody else writes snapshots to `store`; else this run ends as Cancelled.
+
+    A crash leaves the hold for `LEASE_SECONDS`; the same run, rescheduled, waits for it.
+    """
+    secrets_to_environment()
+    name = limit_name(store)
+    with get_client(sync_client=True) as client, suppress(ObjectAlreadyExists):
+        client.upsert_global_concurrency_limit_by_name(name, 1)
+    patience = PATIENCE_AFTER_CRASH_SECONDS if (flow_run.run_count or 1) > 1 else PATIENCE_SECONDS
+    with ExitStack() as hold:
+        try:
+            hold.enter_context(
+                concurrency(
+                    name,
+                    timeout_seconds=patience,
+                    lease_duration=LEASE_SECONDS,
+                    strict=True,
+                    # Two at once would be safe: of two publishers one is told to go on from the other's snapshot.
+                    raise_on_lease_renewal_failure=False,
+                )
+            )
+        except TimeoutError:
+            return Cancelled(message=f"Another run adds snapshots to {store}; this one was not needed.")
+        return work()
+
+
+def secrets_to_environment() -> None:
+    """Fills unset environment variables from the server's secret blocks, where these exist and hold something."""
+    for block, variable in SECRETS.items():
+        if variable in os.environ:
+            continue
+        with suppress(ValueError):  # there is no such block
+            if value := cast(Secret[str], Secret.load(block)).get():
+                os.environ[variable] = value
+
+
+def refresh_once(config: GatedRefreshConfig) -> Answer:
+    """The stages of a refresh as tasks, the gate between encode and publish, and the page."""
+    page = RunPage("refresh", [stage.name for stage in STAGES])
+    counts: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix="starflow-refresh-") as work:
-        state = RefreshState(config, Path(work), page.on_event)
+        state = RefreshState(config, Path(work), page.on_event, batch_task)
         for stage in STAGES:
-            stage_task.with_options(name=stage.name, task_run_name=stage.name)(state, stage)
+            if stage.name == "publish" and state.encoded is not None and state.encoded.parts:
+                pass_gate(state, config, counts)
+            counts[stage.name] = stage_task.with_options(name=stage.name, task_run_name=stage.name)(state, stage)
         answer = result(state)
     snapshot = load_snapshot(state.store, answer.snapshot)
     if answer.snapshot != (state.parent.id if state.parent else None):
@@ -60,19 +154,91 @@ def stage_task(state: RefreshState, stage: Stage) -> dict[str, Any]:
     return run_stage(state, stage)
 
 
-class RunPage:
-    """What the run's page shows while it works: progress, and the batches that were crawled."""
+def batch_task(name: str, work: Callable[[], Any]) -> Any:
+    """Does a batch of the crawl as a task, whose log and artifact hold its counts."""
 
-    def __init__(self) -> None:
-        first = create_progress_artifact(0.0, key="refresh-progress", description="starting")
+    @task(name="batch", task_run_name=name, cache_policy=NO_CACHE)
+    def batch() -> Any:
+        record = work()
+        found = record.statuses | {f"dropped: {reason}": count for reason, count in record.reasons.items()}
+        get_run_logger().info("%s: %s", name, ", ".join(f"{what} {count:,}" for what, count in found.items()))
+        rows = [{"outcome": what, "URLs": count} for what, count in found.items()]
+        create_table_artifact(rows, key="refresh-batch", description=name)
+        return record
+
+    return batch()
+
+
+class Review(RunInput):
+    """What a person decides at the gate."""
+
+    decision: Literal["publish", "refuse", "discard"] = Field(
+        title="Decision",
+        description="publish; refuse: publish nothing now, the next refresh takes the work up again; discard: publish "
+        "nothing and forget what was crawled.",
+    )
+    note: str = Field("", title="Note", description="For the run's log.")
+
+
+def pass_gate(state: RefreshState, config: GatedRefreshConfig, counts: Mapping[str, Mapping[str, Any]]) -> None:
+    """Returns when publishing is allowed. Raises GateRefusedError when it is not."""
+    if config.gate == "off":
+        return
+    measures = gate_task(state, config, counts)
+    over = exceeded(measures)
+    if config.gate == "automatic":
+        if over:
+            raise GateRefusedError(f"the gate refuses to publish: {over}; {KEPT}")
+        return
+    question = f"The artifacts of this run show what would be published. Over a limit: {over or 'nothing'}."
+    try:
+        review = pause_flow_run(
+            wait_for_input=Review.with_initial_data(description=question),
+            timeout=round(3600 * config.gate_hours),
+            key="gate",
+        )
+    except FlowPauseTimeout as error:
+        raise GateRefusedError(f"nobody decided within {config.gate_hours:g} hours; {KEPT}") from error
+    get_run_logger().info("a person decided: %s %s", review.decision, review.note)
+    if review.decision == "discard":
+        state.workspace.delete()
+        raise GateRefusedError("a person has discarded this refresh; its URLs are asked anew next time")
+    if review.decision == "refuse":
+        raise GateRefusedError(f"a person has refused to publish; {KEPT}")
+
+
+@task(name="gate", task_run_name="gate", cache_policy=NO_CACHE)
+def gate_task(
+    state: RefreshState, config: GatedRefreshConfig, counts: Mapping[str, Mapping[str, Any]]
+) -> list[Measure]:
+    """Measures the samples about to be published; shows the figures and some of the pictures."""
+    measures = measure(state, config, counts)
+    rows = [
+        {
+            "what": each.name,
+            "share": f"{each.value:.2%}",
+            "limit": f"{each.limit:.2%}",
+            "passed": "yes" if each.passed else "NO",
+            "detail": each.detail,
+        }
+        for each in measures
+    ]
+    create_table_artifact(rows, key="refresh-gate", description="Before publishing")
+    show_pictures(state.store, candidate(state), "refresh-candidates", "Samples that are not yet published.")
+    return measures
+
+
+class RunPage:
+    """What the run's page shows while it works: progress through the stages."""
+
+    def __init__(self, name: str, stages: Sequence[str]) -> None:
+        first = create_progress_artifact(0.0, key=f"{name}-progress", description="starting")
         self._artifact = cast(UUID, first)
-        self._order = [stage.name for stage in STAGES]
+        self._order = list(stages)
         self._written = 0.0
-        self._batches: list[dict[str, Any]] = []
 
     def on_event(self, event: dict[str, Any]) -> None:
         """Takes the events of pipelines.refresh; progress is written at most once a second."""
-        log = get_run_logger()
         if event["event"] == "progress":
             total = event["total"]
             if time.monotonic() - self._written >= 1.0:
@@ -81,12 +247,7 @@ class RunPage:
         elif event["event"] == "stage" and event["state"] == "started":
             self._write(event["stage"], 0.0, event["stage"])
         elif event["event"] == "stage":
-            log.info("%s took %.1f s: %s", event["stage"], event["seconds"], event["counts"])
-            if event["stage"] == "crawl" and self._batches:
-                create_table_artifact(self._batches, key="refresh-batches", description="Batches crawled")
-        elif event["event"] == "batch":
-            statuses = event["statuses"] | {f"dropped: {reason}": n for reason, n in event["reasons"].items()}
-            self._batches.append({"batch": event["batch"], **statuses})
+            get_run_logger().info("%s took %.1f s: %s", event["stage"], event["seconds"], event["counts"])
 
     def finish(self) -> None:
         update_progress_artifact(self._artifact, 100.0, description="published")
@@ -118,11 +279,7 @@ def report(store: ObjectStore, snapshot: Snapshot, answer: RefreshResult) -> Non
     )
     parent = load_snapshot(store, snapshot.parent) if snapshot.parent else None
     create_markdown_artifact(difference(parent, snapshot), key="refresh-difference", description="Against the parent")
-    create_image_artifact(
-        picture_grid_uri(store, snapshot),
-        key="refresh-pictures",
-        description=f"Newest samples, decoded from their latents. {snapshot.attribution or ''}".strip(),
-    )
+    show_pictures(store, snapshot, "refresh-pictures", "Newest samples, decoded from their latents.")
 
 
 def difference(parent: Snapshot | None, snapshot: Snapshot) -> str:
@@ -137,8 +294,18 @@ def difference(parent: Snapshot | None, snapshot: Snapshot) -> str:
     return "\n".join(lines)
 
 
-def picture_grid_uri(store: ObjectStore, snapshot: Snapshot) -> str:
-    """The newest samples of the most frequent shape, decoded, with captions, as a data URI (PNG)."""
+def show_pictures(store: ObjectStore, snapshot: Snapshot, key: str, what: str) -> None:
+    """An image artifact with the snapshot's newest samples; none for a snapshot without any."""
+    picture = newest_pictures(store, snapshot)
+    if picture is None:
+        create_markdown_artifact("This snapshot holds no sample.", key=key, description=what)
+        return
+    description = f"{what} {snapshot.attribution or ''}".strip()
+    create_image_artifact(data_uri(picture), key=key, description=description)
+
+
+def newest_pictures(store: ObjectStore, snapshot: Snapshot) -> bytes | None:
+    """The newest samples of the most frequent shape, decoded, with captions, as PNG; None if there is no sample."""
     import torch
 
     from starflow.encoders import load_vae, to_pixels
@@ -147,16 +314,22 @@ def picture_grid_uri(store: ObjectStore, snapshot: Snapshot) -> str:
 
     with tempfile.TemporaryDirectory() as cache:
         reader = SnapshotReader(store, snapshot, Path(cache))
-        grid = max(reader.grids, key=reader.count)
+        grid = max(reader.grids, key=reader.count, default=None)
+        if grid is None or not reader.count(grid):
+            return None
         newest = np.arange(max(0, reader.count(grid) - PICTURES), reader.count(grid))
         batch = reader.gather(grid, newest)
         captions = list(batch.captions)
         latents = torch.from_numpy(batch.mean).float()
     pixels = to_pixels(load_vae(snapshot.vae.name).decode(latents))
-    picture = picture_grid(list(pixels), captions, scale=max(1, 96 // pixels.shape[1]))
     encoded = io.BytesIO()
-    picture.save(encoded, "png")
-    return "data:image/png;base64," + base64.b64encode(encoded.getvalue()).decode()
+    picture_grid(list(pixels), captions, scale=max(1, 96 // pixels.shape[1])).save(encoded, "png")
+    return encoded.getvalue()
+
+
+def data_uri(png: bytes) -> str:
+    """A picture that needs no server: it is part of the artifact."""
+    return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
 def _grids(snapshot: Snapshot) -> set[tuple[int, int]]:

@@ -16,18 +16,19 @@ from pydantic.fields import FieldInfo
 from starflow.config import Config
 
 T = TypeVar("T")
+C = TypeVar("C", bound=Config)
 
 
 def parameters_of(
-    model: type[Config], *, optional: Collection[str] = (), hidden: Collection[str] = ()
+    *models: type[Config], optional: Collection[str] = (), hidden: Collection[str] = ()
 ) -> Callable[[Callable[..., T]], Callable[..., T]]:
-    """Decorator: `function(**parameters)` gets the fields of `model`, flat, as keyword-only parameters.
+    """Decorator: `function(**parameters)` gets the fields of `models`, in order and flat, as keyword-only parameters.
 
-    Types, bounds, defaults and descriptions are the model's. Fields in `optional` are None when left out, whatever
+    Types, bounds, defaults and descriptions are the models'. Fields in `optional` are None when left out, whatever
     the model says: something else fills them, such as a preset. Fields in `hidden` are no parameters. The function
-    itself is called with those that differ from the form's defaults only.
+    itself is called with those that differ from the form's defaults only; `fields_of` gives each model its own.
     """
-    fields = {name: field for name, field in model.model_fields.items() if name not in hidden}
+    fields = {name: field for model in models for name, field in model.model_fields.items() if name not in hidden}
     parameters = [_parameter(name, field, name in optional) for name, field in fields.items()]
     defaults = {parameter.name: parameter.default for parameter in parameters}
 
@@ -44,6 +45,11 @@ def parameters_of(
         return call
 
     return decorate
+
+
+def fields_of(model: type[C], parameters: Mapping[str, Any], **more: Any) -> C:
+    """A `model` of those parameters that are its fields, and `more`. Raises pydantic's ValidationError."""
+    return model.model_validate({name: v for name, v in parameters.items() if name in model.model_fields} | more)
 
 
 def answer_rows(answer: Mapping[str, Any], prefix: str = "") -> list[dict[str, Any]]:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 import yaml
 
-from infra.bootstrap import ROOT, bootstrap
+from infra.bootstrap import ROOT, WEBHOOK_BLOCK, bootstrap
 from infra.prefect_client import PrefectAPI, run_deployment, start_run
 from infra.processes import wait_until
 from infra.stack import LocalStack
+from pipelines.deployment import SECRETS, STORE_VARIABLE, limit_name
 from starflow.errors import NotFoundError, StarflowError
 
 DEFINED = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
@@ -43,6 +45,44 @@ def test_entry_points_are_flows_named_after_their_function(entrypoint: str) -> N
 
 def test_every_deployment_is_registered(api: PrefectAPI) -> None:
     assert {d["name"] for d in api.post("/deployments/filter")} == {d["name"] for d in DEFINED}
+
+
+def test_every_deployment_runs_as_it_is_registered(api: PrefectAPI, stack: LocalStack) -> None:
+    """Every default is allowed by its form, and the store is the variable's value."""
+    for deployment in api.post("/deployments/filter"):
+        schema = deployment["parameter_openapi_schema"]
+        assert deployment["parameters"] == {"store": stack.state.store}
+        for name, field in schema["properties"].items():
+            assert {"title", "description", "position"} <= field.keys(), f"{deployment['name']}: {name}"
+            assert "default" in field or name in schema["required"], f"{deployment['name']}: {name}"
+        given = {name: "x" for name in schema["required"]} | deployment["parameters"]
+        answer = api.post("/ui/schemas/validate", {"schema": schema, "values": given})
+        assert answer == {"errors": [], "valid": True}, deployment["name"]
+
+
+def test_limits_variable_and_blocks_are_made_once(api: PrefectAPI, stack: LocalStack) -> None:
+    def value(kind: str, name: str) -> Any:
+        path = f"/block_types/slug/{kind}/block_documents/name/{name}?include_secrets=true"
+        return api.get(path)["data"]
+
+    assert api.get(f"/variables/name/{STORE_VARIABLE}")["value"] == stack.state.store
+    assert api.get(f"/v2/concurrency_limits/{quote(limit_name(stack.state.store))}")["limit"] == 1
+    assert set(value("secret", name)["value"] for name in SECRETS) == {""}
+    assert value("webhook", WEBHOOK_BLOCK) == {"method": "POST", "url": ""} | value("webhook", WEBHOOK_BLOCK)
+
+    name = next(iter(SECRETS))
+    document = api.get(f"/block_types/slug/secret/block_documents/name/{name}")
+    api.patch(f"/block_documents/{document['id']}", {"data": {"value": "mine"}})
+    api.patch(f"/variables/name/{STORE_VARIABLE}", {"value": "s3://elsewhere"})
+    try:
+        assert bootstrap(api.url, stack.state.store)["store"] == "s3://elsewhere"
+        assert value("secret", name)["value"] == "mine"
+        assert api.get("/deployments/name/refresh/refresh-now")["parameters"] == {"store": "s3://elsewhere"}
+    finally:
+        api.patch(f"/variables/name/{STORE_VARIABLE}", {"value": stack.state.store})
+        api.patch(f"/block_documents/{document['id']}", {"data": {"value": ""}})
+    assert bootstrap(api.url, stack.state.store)["deployments"] == "registered"
+    assert bootstrap(api.url, stack.state.store)["deployments"] == "unchanged"
 
 
 def test_active_schedule_gets_runs(api: PrefectAPI, nightly: dict[str, Any]) -> None:

@@ -20,16 +20,20 @@ from prefect.utilities.callables import parameter_schema
 from infra.prefect_client import PrefectAPI, run_refresh_deployment
 from infra.processes import wait_until
 from infra.stack import LocalStack
-from pipelines.config import RefreshConfig
-from pipelines.flows import refresh
+from pipelines.deployment import BackfillConfig
+from pipelines.flows import backfill, newest_pictures, refresh
+from pipelines.gate import GatedRefreshConfig
+from starflow.encoders import VAEIdentity
 from starflow.errors import StarflowError
+from starflow.objectstore import open_store
+from starflow.snapshots import Counts, Snapshot
 
 FORM = Path(__file__).with_name("refresh_form.json")
 
 
-def form() -> dict[str, Any]:
+def form(flow: Any = refresh) -> dict[str, Any]:
     """The form as the UI gets it."""
-    return parameter_schema(refresh).model_dump_for_openapi()
+    return parameter_schema(flow).model_dump_for_openapi()
 
 
 class _Quiet(http.server.SimpleHTTPRequestHandler):
@@ -58,12 +62,31 @@ def web(tmp_path: Path) -> Iterator[Path]:
 
 def test_form_is_flat_and_explains_every_field() -> None:
     properties = form()["properties"]
-    assert list(properties) == list(RefreshConfig.model_fields)
+    assert list(properties) == list(GatedRefreshConfig.model_fields)
     assert form()["required"] == ["urls", "store"]
     for name, field in properties.items():
-        assert field["title"] == RefreshConfig.model_fields[name].title
-        assert field["description"] == RefreshConfig.model_fields[name].description
+        assert field["title"] == GatedRefreshConfig.model_fields[name].title
+        assert field["description"] == GatedRefreshConfig.model_fields[name].description
         assert "default" in field or name in form()["required"]
+
+
+def test_backfill_asks_for_lists_instead_of_one_list() -> None:
+    own, shared = form(backfill), form()
+    assert own["required"] == ["lists", "store"]
+    assert own["properties"].keys() == BackfillConfig.model_fields.keys() | shared["properties"].keys() - {"urls"}
+    for name in shared["properties"].keys() - {"urls"}:
+        ours, theirs = (dict(each["properties"][name], position=0) for each in (own, shared))
+        assert ours == theirs
+
+
+def test_a_snapshot_without_samples_has_no_pictures(tmp_path: Path) -> None:
+    """A takedown may leave none."""
+    identity = VAEIdentity(name="emoji", sha256="0" * 64, scaling_factor=1.0, channels=4, downsampling=2)
+    empty = Snapshot(
+        id="00000002-0", number=2, parent=None, created="", image_size=32, vae=identity, dropped={}, sources={},
+        versions={}, attribution=None, counts=Counts(added=0, kept=0, total=0), parts=(),
+    )  # fmt: skip
+    assert newest_pictures(open_store(str(tmp_path)), empty) is None
 
 
 def test_form_has_not_changed_unnoticed() -> None:
@@ -86,7 +109,12 @@ def test_refresh_through_server_and_worker(stack: LocalStack, web: Path) -> None
     assert json.loads(artifacts["refresh-drops"]["data"]) == [{"reason": "http_404", "samples": 1}]
     assert artifacts["refresh-pictures"]["data"].startswith("data:image/png;base64,")
     assert "| samples | 0 | 8 | +8 |" in artifacts["refresh-difference"]["data"]
-    assert {"refresh-progress", "refresh-batches", "refresh-answer"} <= set(artifacts)
+    assert {"refresh-progress", "refresh-answer"} <= set(artifacts)
+    tasks = api.post("/task_runs/filter", {"flow_runs": {"id": {"any_": [run["id"]]}}})
+    assert "batch 000-000000 of 9 URLs" in {task["name"] for task in tasks}, "each crawl batch is a task of its own"
+    counted = {row["outcome"]: row["URLs"] for row in json.loads(artifacts["refresh-batch"]["data"])}
+    assert counted["ok"] == 8
+    assert counted["dropped: http_404"] == 1
 
     resource = {"id": [f"starflow.store.{store}"]}
     wanted = {"filter": {"event": {"name": ["starflow.snapshot.published"]}, "resource": resource}}

@@ -1,0 +1,67 @@
+"""Retention over a whole store: old snapshots and what nothing refers to, and checkpoints that need not stay."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field
+
+from pipelines.scrub import scrub_sources
+from starflow import manifest
+from starflow.checkpoints import list_runs
+from starflow.config import Config
+from starflow.objectstore import ObjectStore
+from starflow.upkeep import collect_garbage
+from training.record import RUN_KIND, RUN_VERSION, run_key
+from training.retention import prune
+
+
+class CleanupConfig(Config):
+    """What may go."""
+
+    store: str = Field(title="Store", description="Store to clean: a folder or s3://BUCKET/PREFIX.", min_length=1)
+    keep_snapshots: int | None = Field(
+        None,
+        title="Snapshots to keep",
+        description="Only the newest so many stay; null: all. A run that still trains on a deleted one stops.",
+        ge=1,
+        le=100_000,
+    )
+    grace_hours: float = Field(
+        168.0,
+        title="Grace period in hours",
+        description="Objects that nothing refers to stay for so long: a refresh may be writing them.",
+        ge=1,
+        le=8760,
+    )
+    keep_checkpoints: int | None = Field(
+        None,
+        title="Checkpoints to keep",
+        description="The newest so many of each run stay, and its best; null: what the run's own settings say.",
+        ge=1,
+        le=100_000,
+    )
+    dry_run: bool = Field(False, title="Dry run", description="Only say what would be deleted.")
+
+
+def clean_snapshots(store: ObjectStore, config: CleanupConfig) -> dict[str, Any]:
+    """Deletes snapshots and unreferenced objects; JSON with counts."""
+    garbage = collect_garbage(store, config.keep_snapshots, config.grace_hours, config.dry_run)
+    return {
+        "snapshots": len(garbage.snapshots),
+        "objects": garbage.objects,
+        "bytes": garbage.bytes,
+        "waiting": len(garbage.waiting),
+        "scrubbed": 0 if config.dry_run else scrub_sources(store),
+    }
+
+
+def clean_runs(store: ObjectStore, config: CleanupConfig) -> dict[str, list[int]]:
+    """Deletes checkpoints; the steps deleted of each run that loses some."""
+    gone = {}
+    for run in list_runs(store):
+        own = manifest.load(store, run_key(run), RUN_KIND, RUN_VERSION)["config"]
+        newest = config.keep_checkpoints or own["keep_newest"]
+        if steps := prune(store, run, newest, own["keep_every"], config.dry_run):
+            gone[run] = steps
+    return gone

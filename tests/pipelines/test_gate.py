@@ -1,0 +1,151 @@
+"""The publish gate: what is measured, what is over a limit, and what the flow does about it."""
+
+from __future__ import annotations
+
+import types
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from prefect.exceptions import FlowPauseTimeout
+
+from pipelines import flows, gate
+from pipelines.gate import GatedRefreshConfig, GateRefusedError, Measure, candidate, exceeded, measure
+from starflow.encoders import VAEIdentity
+from starflow.errors import ConfigError
+from starflow.objectstore import open_store
+from starflow.parts import LayerPlan, part_from_arrays
+from starflow.snapshots import publish
+
+VAE = VAEIdentity(name="test", sha256="0" * 64, scaling_factor=1.0, channels=2, downsampling=2)
+COUNTS: dict[str, dict[str, Any]] = {
+    "crawl": {"statuses": {"ok": 80, "unchanged": 20, "failed": 20}},
+    "filter": {"reasons": {"duplicate": 6, "near_duplicate": 4, "blank": 10}},
+    "caption": {"quality": {"pictures": 80, "empty": 4, "repeated": 4}},
+}
+
+
+def config(**values: Any) -> GatedRefreshConfig:
+    return GatedRefreshConfig(urls="list.txt", store="store", **values)
+
+
+def part(store: Any, count: int, seed: int, spread: float = 1.0) -> Any:
+    """A part of `count` normal latents with that standard deviation."""
+    random = np.random.default_rng(seed)
+    mean = (spread * random.normal(size=(count, 2, 4, 4))).astype(np.float16)
+    table = pa.table({"id": [f"{seed:032x}{row:032x}" for row in range(count)], "url": [""] * count})
+    layer = (LayerPlan(origin="alt-text", version="1"), ["text"] * count)
+    return part_from_arrays(store, VAE, mean, np.full_like(mean, 1e-3), table, [layer])
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> Any:
+    """A refresh that asked for 120 URLs, of which 20 had not changed, and encoded 60 samples."""
+    store = open_store(str(tmp_path / "store"))
+    batch = types.SimpleNamespace(count=60)
+    retries = types.SimpleNamespace(round=1, batches=[batch])
+    deleted: list[bool] = []
+    return types.SimpleNamespace(
+        store=store,
+        config=config(),
+        parent=publish(store, parent=None, parts=[part(store, 200, 1)], image_size=8),
+        plans=[types.SimpleNamespace(round=0, batches=[batch, batch]), retries],
+        encoded=types.SimpleNamespace(parts=[part(store, 60, 2)]),
+        workspace=types.SimpleNamespace(delete=lambda: deleted.append(True)),
+        deleted=deleted,
+    )
+
+
+def test_rates_are_shares_of_what_was_asked(state: Any) -> None:
+    found = {each.name: each.value for each in measure(state, config(), COUNTS)}
+    assert found == {"drops": 0.4, "duplicates": 0.1, "captions": 0.1}
+
+
+def test_only_what_is_over_its_limit_is_named() -> None:
+    good, bad = (Measure(name=n, value=v, limit=0.2, detail="1 of 2") for n, v in (("good", 0.2), ("bad", 0.21)))
+    assert exceeded([good]) == ""
+    assert exceeded([good, bad]) == "bad 21.0% (limit 20.0%; 1 of 2)"
+
+
+class _Normal:
+    """Stands for a trained flow whose density is a standard normal: no text, one latent value a token."""
+
+    latent_noise, batch_size, device = 0.0, 32, torch.device("cpu")
+    vae = types.SimpleNamespace(identity=VAE)
+    model = None
+
+    def condition(self, captions: list[str]) -> None:
+        return None
+
+
+@pytest.fixture
+def normal(monkeypatch: pytest.MonkeyPatch) -> None:
+    def score(model: Any, x: torch.Tensor, text: Any) -> Any:
+        return types.SimpleNamespace(nats=-0.5 * x.square().flatten(1).sum(1), values=x[0].numel())
+
+    monkeypatch.setattr("starflow.generate.Generator.open", lambda checkpoint: _Normal())
+    monkeypatch.setattr("starflow.likelihood.score", score)
+
+
+@pytest.mark.usefixtures("normal")
+@pytest.mark.parametrize(("spread", "low", "high"), [(1.0, 0.0, 0.06), (2.0, 0.9, 1.0), (0.2, 0.9, 1.0)])
+def test_outliers_are_too_unlikely_or_too_likely(state: Any, spread: float, low: float, high: float) -> None:
+    """Noisier pictures than before, and blank ones."""
+    state.encoded.parts = [part(state.store, 60, 3, spread)]
+    outliers = measure(state, config(gate_checkpoint="store/run"), COUNTS)[-1]
+    assert outliers.name == "outliers"
+    assert low <= outliers.value <= high
+
+
+@pytest.mark.usefixtures("normal")
+def test_a_checkpoint_of_another_vae_cannot_judge(state: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = VAE.model_copy(update={"name": "other", "sha256": "1" * 64})
+    monkeypatch.setattr(_Normal, "vae", types.SimpleNamespace(identity=other))
+    with pytest.raises(ConfigError, match=r"VAE other.*latents of test"):
+        measure(state, config(gate_checkpoint="store/run"), COUNTS)
+
+
+def test_candidate_holds_the_new_samples_alone(state: Any) -> None:
+    assert candidate(state).counts.total == 60
+
+
+def answered(decision: str, monkeypatch: pytest.MonkeyPatch, measures: list[Measure] | None = None) -> None:
+    """Replaces what needs a server: the task, the pause, the logger."""
+    monkeypatch.setattr(flows, "gate_task", lambda *arguments: measures or [])
+    monkeypatch.setattr(flows, "get_run_logger", lambda: types.SimpleNamespace(info=lambda *arguments: None))
+
+    def pause(**options: Any) -> flows.Review:
+        if decision == "nothing":
+            raise FlowPauseTimeout
+        return flows.Review(decision=decision)
+
+    monkeypatch.setattr(flows, "pause_flow_run", pause)
+
+
+@pytest.mark.parametrize(
+    ("decision", "sentence"),
+    [("refuse", "a person has refused.*work is kept"), ("discard", "discarded"), ("nothing", "within 24 hours.*kept")],
+)
+def test_a_person_may_refuse(state: Any, decision: str, sentence: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    answered(decision, monkeypatch)
+    with pytest.raises(GateRefusedError, match=sentence):
+        flows.pass_gate(state, config(gate="person"), COUNTS)
+    assert state.deleted == [True] * (decision == "discard")
+
+
+def test_a_person_may_publish_what_is_over_a_limit(state: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    over = [Measure(name="drops", value=1, limit=0.5, detail="")]
+    answered("publish", monkeypatch, over)
+    flows.pass_gate(state, config(gate="person"), COUNTS)
+    with pytest.raises(GateRefusedError, match=r"drops 100.0%.*work is kept"):
+        flows.pass_gate(state, config(gate="automatic"), COUNTS)
+    flows.pass_gate(state, config(gate="off"), COUNTS)
+
+
+def test_limits_are_shares() -> None:
+    for name in ("gate_drop_rate", "gate_duplicate_rate", "gate_caption_rate", "gate_outlier_rate"):
+        field = gate.GatedRefreshConfig.model_json_schema()["properties"][name]
+        assert (field["minimum"], field["maximum"]) == (0, 1)
