@@ -14,6 +14,10 @@ from infra.cluster.kubernetes import manifests
 from infra.cluster.pods import DATABASE_SECRET, PREFECT_PORT, RAY_SECRET, SERVICE_ACCOUNT
 from infra.cluster.ray import aws_cluster, ray_cluster, refresh_job
 from infra.cluster.settings import ClusterSettings, NodeGroup
+from infra.launch.api import launcher
+from infra.launch.common import Launch, LaunchConfig, Target, folder_key, train_command
+from starflow.config import load_config
+from training.config import TrainConfig
 
 HERE = Path(__file__).parent
 HEAD = "# Written by `starflow cluster render`: change the settings file and render again.\n"
@@ -29,6 +33,9 @@ def render(settings: ClusterSettings, out: Path) -> list[Path]:
         "terraform/terraform.tfvars.json": json.dumps(terraform_variables(settings), indent=2) + "\n",
         "refresh.yaml": _yaml([settings.refresh_settings()]),
         "train.yaml": _yaml([settings.training_settings()]),
+        "launch.yaml": _yaml([settings.launch_settings()]),
+        "preview/training-job.yaml": HEAD + training_preview(settings, "kubernetes", settings.launch_settings()),
+        "preview/train.sbatch": training_preview(settings, "slurm", {"python": "python", **settings.slurm}),
         "NEXT.md": _next(settings),
     }
     for name, text in files.items():
@@ -40,6 +47,24 @@ def render(settings: ClusterSettings, out: Path) -> list[Path]:
         *_copy((HERE.parent / "images").glob("Dockerfile.*"), out / "images"),
     ]
     return sorted([*(out / name for name in files), *copied])
+
+
+def training_preview(settings: ClusterSettings, on: Target, cluster: dict[str, Any]) -> str:
+    """What `starflow launch --on ...` would submit for the run of the settings, under a launch that never was."""
+    config = TrainConfig.model_validate(settings.training_settings())
+    group = settings.train
+    place = load_config(LaunchConfig, None, on=on, cluster=cluster, nodes=group.nodes, gpus_per_node=group.gpus)
+    launch = Launch(
+        id="00000000T000000-preview",
+        run=config.run,
+        store=config.store,
+        submitted="",
+        launch=place,
+        ranks=config.ranks,
+        command=train_command("python", f"{config.store}/{folder_key(config.run, 'LAUNCH')}/config.json"),
+        handle={},
+    )
+    return launcher(place).render(launch)
 
 
 def terraform_variables(settings: ClusterSettings) -> dict[str, Any]:
@@ -139,5 +164,10 @@ GPU machines begin at none. An autoscaler brings them, or you do, and take them 
 {scale}
 ```
 
-Training: `starflow launch --on kubernetes --config train.yaml`; see the documentation.
+Training; `preview/` holds what such a launch submits, `--dry-run` shows that of yours:
+
+```sh
+starflow launch --on kubernetes --nodes {settings.train.nodes} --gpus-per-node {settings.train.gpus} \\
+    --config train.yaml --cluster launch.yaml
+```
 """

@@ -46,7 +46,8 @@ class ClusterSettings(Config):
     encode: NodeGroup = Field(description="Machines that caption and encode, as Ray workers.")
     train: NodeGroup = Field(description="Machines that train.")
     refresh: dict[str, Any] = Field({}, description="Settings of the refresh that the RayJob runs.")
-    training: dict[str, Any] = Field({}, description="Settings of the run that the training job trains.")
+    training: dict[str, Any] = Field({}, description="Settings of the run that is trained.")
+    slurm: dict[str, Any] = Field({}, description="Settings of `starflow launch --on slurm`, where there is a Slurm.")
 
     @field_validator("api_networks")
     @classmethod
@@ -62,11 +63,13 @@ class ClusterSettings(Config):
 
     @model_validator(mode="after")
     def _jobs_are_valid(self) -> ClusterSettings:
+        from infra.launch.slurm import SlurmSettings
         from pipelines.config import RefreshConfig
         from training.config import TrainConfig
 
         RefreshConfig.model_validate(self.refresh_settings())
         TrainConfig.model_validate(self.training_settings())
+        SlurmSettings.model_validate(self.slurm)
         return self
 
     @property
@@ -111,4 +114,16 @@ class ClusterSettings(Config):
             "preset": "t2i-256",
             "ranks": self.train.nodes * max(1, self.train.gpus),
             **self.training,
+        }
+
+    def launch_settings(self) -> dict[str, Any]:
+        """Settings of `starflow launch --on kubernetes` for this cluster."""
+        return {
+            "image": self.image_for(self.train),
+            "namespace": self.namespace,
+            "environment": {"AWS_REGION": self.region},
+            "node_selector": {"starflow/group": "train"},
+            "cpus": self.train.cpus,
+            "memory_gib": self.train.memory_gib,
+            "cache_gib": max(1, self.train.disk_gib * 3 // 4),
         }

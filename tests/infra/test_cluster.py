@@ -169,6 +169,22 @@ def test_jobs_get_complete_settings(out: Path, manifests: list[dict[str, Any]], 
     assert train.ranks == settings.train.nodes * settings.train.gpus
 
 
+def test_the_training_job_and_its_script_are_what_the_launcher_submits(out: Path, settings: ClusterSettings) -> None:
+    documents = list(yaml.safe_load_all((out / "preview" / "training-job.yaml").read_text()))
+    assert [document["kind"] for document in documents] == ["Service", "Job"]
+    for document in documents:
+        kubernetes_validate.validate(document, settings.kubernetes_version, strict=True)
+    job = documents[1]["spec"]
+    assert job["completions"] == job["parallelism"] == settings.train.nodes
+    container = job["template"]["spec"]["containers"][0]
+    assert container["image"] == settings.cuda_image
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == settings.train.gpus
+    shellcheck = Path(sys.executable).parent / "shellcheck"
+    command = [shellcheck, "--severity=warning", out / "preview" / "train.sbatch"]
+    checked = subprocess.run(command, capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stdout
+
+
 def test_dockerfiles_pass_hadolint(out: Path) -> None:
     files = [str(file) for file in sorted((out / "images").iterdir())]
     assert len(files) == 2
