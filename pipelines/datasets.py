@@ -27,7 +27,8 @@ from starflow.errors import ConfigError, NotFoundError, StoreError
 from starflow.objectstore import LocalStore, ObjectStore, open_store
 
 PICTURES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"))
-_BATCH_ROWS, _READERS = 2**15, 16
+TEXTS = (".txt", ".json")
+_BATCH_ROWS, _READERS, _TAR_BUFFER = 2**15, 16, 2**20
 
 #: (location, caption, record) of one picture.
 Sample = tuple[str, str, dict[str, Any]]
@@ -59,10 +60,12 @@ def read_samples(location: str, kind: str, columns: Columns) -> Iterator[pa.Tabl
 
 
 def _open(location: str) -> tuple[ObjectStore, str]:
-    """The store to list, and the prefix inside it."""
+    """The store to list, and the prefix inside it: of a folder, or one object."""
     if location.startswith("s3://"):
-        parts = urlsplit(location)
-        return open_store(f"s3://{parts.netloc}"), parts.path.lstrip("/")
+        bucket, _, key = location.removeprefix("s3://").partition("/")
+        store = open_store(f"s3://{bucket}")
+        is_folder = not key or key.endswith("/") or store.head(key) is None
+        return store, f"{key.rstrip('/')}/" if key and is_folder else key
     path = Path(location).expanduser().absolute()
     return (LocalStore(path.parent), path.name) if path.is_file() else (LocalStore(path), "")
 
@@ -74,12 +77,16 @@ def _url(store: ObjectStore, key: str) -> str:
 
 
 def _images(store: ObjectStore, prefix: str, columns: Columns) -> Iterator[Sample]:
-    for stem, group in _groups((info.key, None) for info in store.list(prefix)):
-        texts: dict[str, bytes] = {
-            suffix: store.read(f"{stem}{suffix}") for suffix in (".txt", ".json") if suffix in group
-        }
-        for suffix in sorted(PICTURES & group.keys()):
-            yield _url(store, stem + suffix), *_texts(texts, columns, stem)
+    groups = _groups((info.key, None) for info in store.list(prefix))
+
+    def texts(item: tuple[str, dict[str, Any]]) -> dict[str, bytes]:
+        return {suffix: store.read(item[0] + suffix) for suffix in TEXTS if suffix in item[1]}
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        while chunk := list(islice(groups, 16 * _READERS)):
+            for (stem, group), found in zip(chunk, pool.map(texts, chunk), strict=True):
+                for suffix in sorted(PICTURES & group.keys()):
+                    yield _url(store, stem + suffix), *_texts(found, columns, stem)
 
 
 def _webdataset(store: ObjectStore, prefix: str, columns: Columns) -> Iterator[Sample]:
@@ -89,23 +96,25 @@ def _webdataset(store: ObjectStore, prefix: str, columns: Columns) -> Iterator[S
 
 
 def _tar_samples(store: ObjectStore, key: str, columns: Columns) -> Iterator[Sample]:
+    # The buffer makes one request of many: headers and texts are small, and lie between the pictures.
+    file = io.BufferedReader(_ObjectFile(store, key), _TAR_BUFFER)
     try:
-        with tarfile.open(fileobj=_ObjectFile(store, key), mode="r:") as tar:
-            members = ((member.name, member) for member in tar if member.isfile())
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            members = ((member.name, (member, _member_text(tar, member))) for member in tar if member.isfile())
             for stem, group in _groups(members):
-                texts: dict[str, bytes] = {
-                    s: _member_bytes(store, key, group[s]) for s in (".txt", ".json") if s in group
-                }
+                texts = {suffix: group[suffix][1] for suffix in TEXTS if suffix in group}
                 for suffix in sorted(PICTURES & group.keys()):
-                    member = group[suffix]
+                    member = group[suffix][0]
                     place = f"?offset={member.offset_data}&size={member.size}#{quote(member.name)}"
                     yield _url(store, key) + place, *_texts(texts, columns, stem)
     except tarfile.TarError as error:
         raise ConfigError(f"{store.url}/{key} cannot be read as a tar: {error}; is the file complete?") from error
 
 
-def _member_bytes(store: ObjectStore, key: str, member: tarfile.TarInfo) -> bytes:
-    return store.read(key, member.offset_data, member.size)
+def _member_text(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    """The bytes of a caption file, read as the tar passes by; nothing of any other."""
+    content = tar.extractfile(member) if member.name.lower().endswith(TEXTS) else None
+    return content.read() if content is not None else b""
 
 
 def _groups(files: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:

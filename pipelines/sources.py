@@ -78,7 +78,7 @@ def _list_s3(location: str) -> list[str]:
     if _GLOB & set(key):
         fixed = key[: min(key.index(char) for char in _GLOB if char in key)]
         names = [info.key for info in store.list(fixed) if fnmatch.fnmatchcase(info.key, key)]
-    elif key and store.head(key) is not None:
+    elif key and not key.endswith("/") and store.head(key) is not None:  # some servers know folders as objects
         _format(key)
         names = [key]
     else:
@@ -87,8 +87,8 @@ def _list_s3(location: str) -> list[str]:
 
 
 def _is_list(name: str) -> bool:
-    stem = name.lower().removesuffix(".gz")
-    return stem.rsplit(".", 1)[-1] in FORMATS and not name.startswith((".", "_"))
+    base = name.lower().rpartition("/")[2]
+    return base.removesuffix(".gz").rpartition(".")[2] in FORMATS and not base.startswith((".", "_"))
 
 
 def _format(name: str) -> str:
@@ -104,8 +104,8 @@ def read_rows(file: str, columns: Columns, work: Path) -> Iterator[pa.Table]:
     Raises ConfigError naming the file and what is wrong: unreadable, a column that it does not have, or a CSV row
     with more fields than the header.
     """
+    kind = _format(file.rpartition("/")[2])
     path = _local_copy(file, work)
-    kind = _format(path.name)
     try:
         if kind == "parquet":
             yield from _parquet(file, path, columns)
@@ -119,6 +119,9 @@ def read_rows(file: str, columns: Columns, work: Path) -> Iterator[pa.Table]:
         raise ConfigError(
             f"URL list {file} cannot be read as {kind}: {why}; is the file complete? write it anew, or leave it out"
         ) from error
+    finally:
+        if path != Path(file):
+            path.unlink(missing_ok=True)  # lists of many files would fill the disk
 
 
 def _local_copy(file: str, work: Path) -> Path:

@@ -95,7 +95,7 @@ class Bench:
     """A store, a list and a fake web to refresh from."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.folder, self.store = folder, folder / "store"
+        self.folder, self.store = folder, str(folder / "store")
         self.web = FakeWeb({})
         self.now = datetime(2026, 1, 1, tzinfo=UTC)
         monkeypatch.setattr("pipelines.state.utc_now", lambda: self.now)
@@ -113,7 +113,7 @@ class Bench:
     def config(self, urls: Path, **settings: Any) -> RefreshConfig:
         """Small batches, a contact, and `settings`."""
         defaults: dict[str, Any] = {"contact": "me@example.org", "batch_size": 4, "ledger_partitions": 3}
-        return RefreshConfig(urls=str(urls), store=str(self.store), **{**defaults, **settings})
+        return RefreshConfig(urls=str(urls), store=self.store, **{**defaults, **settings})
 
     def refresh(self, urls: Path, **settings: Any) -> RefreshResult:
         """Runs a refresh to its end."""

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from pipelines.datasets import read_samples
+from pipelines.refresh import RefreshResult, refresh
 from pipelines.sources import Columns
 from starflow.errors import ConfigError, NotFoundError
+from starflow.objectstore import ObjectStore, open_store
+from tests.faulty_s3 import FaultyS3
 from tests.pipelines.fake_crawl import Bench, png
 
 
@@ -58,6 +65,52 @@ def test_webdataset_tars_become_a_snapshot(bench: Bench) -> None:
     write_tar(bench.folder / "tars" / "001.tar", range(2, 5))
     result = bench.refresh(bench.folder / "tars", source="webdataset")
     assert (result.added, result.dropped) == (5, {"duplicate": 1})
+
+
+def refresh_from(bench: Bench, location: str, **settings: Any) -> RefreshResult:
+    return refresh(bench.config(Path("-"), **settings).model_copy(update={"urls": location, "contact": ""}))
+
+
+def put_folder(store: ObjectStore, prefix: str, folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            store.upload(f"{prefix}/{path.relative_to(folder)}", path)
+
+
+def test_image_folders_on_s3(bench: Bench, s3_url: str) -> None:
+    write_folder(bench.folder / "pictures")
+    store = open_store(s3_url)
+    put_folder(store, "sets/pictures", bench.folder / "pictures")
+    store.write("sets/pictures-of-others/z.png", png(40))  # starts alike
+    bench.store = f"{s3_url}/store"
+    for location in (f"{s3_url}/sets/pictures", f"{s3_url}/sets/pictures/"):
+        (rows,) = read_samples(location, "images", Columns())
+        assert rows["caption"].to_pylist() == ["a first picture", "cut off", "a second one"]
+    result = refresh_from(bench, f"{s3_url}/sets/pictures", source="images")
+    assert (result.added, result.dropped) == (2, {"corrupt": 1})
+    store.write("sets/pictures/a.png", png(50))
+    store.delete(["sets/pictures/sub dir/ü.png"])
+    bench.now += timedelta(days=2)
+    result = refresh_from(bench, f"{s3_url}/sets/pictures", source="images", revalidate_days=1)
+    assert (result.added, result.removed, result.total) == (1, {"changed": 1}, 2)  # what is not listed is not asked for
+
+
+def test_webdataset_tars_on_s3(bench: Bench, s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = open_store(s3_url)
+    for number, seeds in enumerate((range(30), range(29, 40))):
+        write_tar(bench.folder / f"{number:03d}.tar", seeds)
+        store.upload(f"tars/{number:03d}.tar", bench.folder / f"{number:03d}.tar")
+    bench.store = f"{s3_url}/store"
+    endpoint = os.environ["AWS_ENDPOINT_URL"]
+    with FaultyS3(endpoint) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        rows = pa.concat_tables(read_samples(f"{s3_url}/tars", "webdataset", Columns()))
+        assert rows["caption"].to_pylist() == [f"picture {seed}" for seed in (*range(30), *range(29, 40))]
+        assert len(proxy.requests) < 10  # not one for each member
+        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    result = refresh_from(bench, f"{s3_url}/tars", source="webdataset")
+    assert (result.added, result.dropped) == (40, {"duplicate": 1})
+    assert refresh_from(bench, f"{s3_url}/tars/000.tar", source="webdataset").added == 0
 
 
 def test_captions_come_from_text_or_json(tmp_path: Path) -> None:

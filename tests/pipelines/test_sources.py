@@ -12,6 +12,7 @@ import pytest
 
 from pipelines.sources import Columns, list_files, read_rows
 from starflow.errors import ConfigError, NotFoundError
+from starflow.objectstore import open_store
 
 ROWS = [("http://a.example/1.png", "one, with a comma"), ("http://a.example/2.png", "zwei ü")]
 TABLE = pa.table({"url": [url for url, _ in ROWS], "caption": [text for _, text in ROWS], "licence": ["CC0", None]})
@@ -149,3 +150,31 @@ def test_large_lists_come_in_pieces(tmp_path: Path) -> None:
     pieces = list(read_rows(str(tmp_path / "l.parquet"), Columns(caption=None), tmp_path))
     assert sum(map(len, pieces)) == count
     assert max(map(len, pieces)) < count / 2
+
+
+def test_lists_on_s3(tmp_path: Path, s3_url: str) -> None:
+    store = open_store(s3_url)
+    for kind in ("parquet", "csv", "jsonl.gz"):
+        store.upload(f"lists/2026/list.{kind}", write(tmp_path, kind))
+    store.write("lists/2026/notes.md", b"no list")
+    store.write("lists/2026/_SUCCESS.csv", b"")
+    store.upload("lists/2026-old/list.csv", tmp_path / "list.csv")
+    work = tmp_path / "work"
+    work.mkdir()
+    files = [f"{s3_url}/lists/2026/list.{kind}" for kind in ("csv", "jsonl.gz", "parquet")]
+    for location in ("lists/2026", "lists/2026/", "lists/2026/list.*", "lists/20?6/*"):
+        found = [file for file in list_files(f"{s3_url}/{location}") if not file.endswith((".md", "_SUCCESS.csv"))]
+        assert found == files, location
+    assert list_files(f"{s3_url}/lists/2026") == files
+    assert list_files(f"{s3_url}/lists/2026/list.csv") == files[:1]
+    for file in files:
+        (rows,) = read_rows(file, Columns(), work)
+        assert list(zip(rows["url"].to_pylist(), rows["caption"].to_pylist(), strict=True)) == ROWS
+        assert not list(work.iterdir())
+    with pytest.raises(NotFoundError, match="no URL list at"):
+        list_files(f"{s3_url}/lists/2025")
+    with pytest.raises(ConfigError, match="no known format"):
+        list_files(f"{s3_url}/lists/2026/notes.md")
+    store.write("lists/cut.parquet", store.read("lists/2026/list.parquet")[:-20])
+    with pytest.raises(ConfigError, match=r"cut\.parquet cannot be read as parquet"):
+        list(read_rows(f"{s3_url}/lists/cut.parquet", Columns(), work))
