@@ -100,8 +100,10 @@ class DecoderConfig(Config):
         return self
 
 
-#: Keys that may differ when a fine-tuning goes on: where things lie, not what is learned.
-RESUMABLE = frozenset({"store", "snapshot", "images", "checkpoint_every", "validate_every", "device", "cache"})
+#: Keys that say where things lie on a machine; they are not recorded.
+PLACES = {"store", "images", "device", "cache"}
+#: Keys that may differ when a fine-tuning goes on; pictures and snapshot are compared by identity.
+RESUMABLE = PLACES | {"snapshot", "checkpoint_every", "validate_every"}
 
 
 @dataclass(frozen=True)
@@ -280,7 +282,7 @@ class _Finetuning:
         return Quality(pictures=sum(map(len, values["plain"])), **means)
 
     def _config(self) -> dict[str, Any]:
-        return self.config.model_dump(mode="json")
+        return self.config.model_dump(mode="json", exclude=PLACES)
 
     def _tensors(self) -> dict[str, Tensor]:
         networks = {

@@ -31,11 +31,12 @@ FETCHES = 16
 
 @dataclass(frozen=True)
 class PictureBatch:
-    """Posterior mean and std (B, C, h, w) float32, scaled, and the pictures (B, 3, H, W) uint8 they belong to."""
+    """Posterior mean and std (B, C, h, w) float32, scaled; pictures (B, 3, H, W) uint8; B captions, "" where none."""
 
     mean: Tensor
     std: Tensor
     pixels: Tensor
+    captions: list[str]
 
 
 class Pictures(Protocol):
@@ -133,7 +134,7 @@ class SnapshotPictures:
         pixels = self._pool.map(lambda number: self._pixels(int(number), *size), numbers)
         batch = reader.gather(grid, ordinals)
         mean, std = (torch.from_numpy(values.astype(np.float32)) for values in (batch.mean, batch.std))
-        return PictureBatch(mean, std, _to_pixels(list(pixels)))
+        return PictureBatch(mean, std, _to_pixels(list(pixels)), batch.captions)
 
     def _pixels(self, number: int, height: int, width: int) -> np.ndarray:
         try:
@@ -149,12 +150,13 @@ def encode_pictures(vae: VAE, pixels: Tensor, device: str, batch: int = 64) -> P
     """Pictures (N, 3, H, W) uint8 with their latents, on the CPU."""
     encoded = [vae.encode(unit(part).to(device)) for part in pixels.split(batch)]
     mean, std = (torch.cat([part.cpu() for part in parts]) for parts in zip(*encoded, strict=True))
-    return PictureBatch(mean, std, pixels)
+    return PictureBatch(mean, std, pixels, [""] * len(pixels))
 
 
 def _rows(batch: PictureBatch, rows: NDArray[np.int64]) -> PictureBatch:
     chosen = torch.from_numpy(rows)
-    return PictureBatch(batch.mean[chosen], batch.std[chosen], batch.pixels[chosen])
+    captions = [batch.captions[row] for row in rows]
+    return PictureBatch(batch.mean[chosen], batch.std[chosen], batch.pixels[chosen], captions)
 
 
 def _to_pixels(pictures: Sequence[np.ndarray]) -> Tensor:
