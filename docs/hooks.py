@@ -21,10 +21,21 @@ ROOT = Path(__file__).parent.parent
 #: Settings models by the command or form that takes them.
 SETTINGS = {
     "starflow refresh": "pipelines.config.RefreshConfig",
+    "refresh in Prefect: the gate": "pipelines.gate.GatedRefreshConfig",
+    "backfill in Prefect": "pipelines.deployment.BackfillConfig",
+    "cleanup in Prefect": "infra.cleanup.CleanupConfig",
+    "starflow recaption": "pipelines.recaption.RecaptionConfig",
     "starflow train": "training.config.TrainConfig",
+    "starflow launch": "infra.launch.common.LaunchConfig",
+    "launch on ssh": "infra.launch.hosts.SshSettings",
+    "launch on slurm": "infra.launch.slurm.SlurmSettings",
+    "launch on kubernetes": "infra.launch.kubernetes.KubernetesSettings",
+    "launch on ray": "infra.launch.ray.RaySettings",
+    "starflow train-vae": "training.vae.VAETrainConfig",
+    "starflow finetune-decoder": "training.decoder.DecoderConfig",
     "starflow plan": "infra.plan.PlanConfig",
     "starflow cluster render": "infra.cluster.settings.ClusterSettings",
-    "a group of machines in it": "infra.cluster.settings.NodeGroup",
+    "a group of machines": "infra.cluster.settings.NodeGroup",
 }
 
 
@@ -71,7 +82,11 @@ def settings() -> str:
 
 
 def _rows(model: Any) -> Iterator[tuple[str, str, str, str]]:
+    """A line for each field of the model's own; those it inherits stand where they are from."""
+    inherited = {name for base in model.__bases__ for name in getattr(base, "model_fields", {})}
     for name, field in model.model_fields.items():
+        if name in inherited:
+            continue
         default = "required" if field.is_required() else repr(field.get_default(call_default_factory=False))
         if field.default_factory is not None:
             default = "depends on the machine"

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import typer
+import yaml
 
 from starflow.cli import COMMANDS
 
@@ -132,6 +133,14 @@ def test_commands_in_the_pages_exist_with_those_options() -> None:
                 assert word.partition("=")[0] in known | {"--help"}, f"{page}: {line}"
         checked += 1
     assert checked > 25
+
+
+def test_the_schedule_page_names_every_deployment_and_automation() -> None:
+    page = (DOCS / "howto" / "schedule.md").read_text(encoding="utf-8")
+    deployments = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
+    automations = yaml.safe_load((ROOT / "infra" / "automations.yaml").read_text())
+    names = [*(each["name"] for each in deployments), *(each["name"] for each in automations)]
+    assert [name for name in names if name.removeprefix("starflow: ") not in page] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
