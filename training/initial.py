@@ -5,22 +5,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from starflow.checkpoints import iterate_weights, load_manifest, parse_checkpoint
+from starflow.checkpoints import TrainedInfo, iterate_weights, load_manifest, parse_checkpoint
 from starflow.errors import ConfigError
 from starflow.model import STARFlow
 from starflow.objectstore import open_store
+from training.resume import check_same_encoders
 
 
 @torch.no_grad()
-def initialise(flow: STARFlow, checkpoint: str) -> None:
+def initialise(flow: STARFlow, checkpoint: str, trained: TrainedInfo) -> None:
     """Fills `flow` with the averaged weights of `checkpoint` (STORE/RUN or STORE/RUN@STEP).
 
-    A larger patch is allowed: its cells start alike, each from the weights of the smaller patch. Raises
-    ConfigError naming both sides where anything else differs.
+    `trained` tells which encoders the new run uses. A larger patch is allowed: its cells start alike, each from
+    the weights of the smaller patch. Raises ConfigError naming both sides where anything else differs.
     """
     url, run, step = parse_checkpoint(checkpoint)
     store = open_store(url)
     found = load_manifest(store, run, step)
+    check_same_encoders(trained, found.trained, checkpoint)
     parameters = dict(flow.named_parameters())
     if parameters.keys() != found.parameters.keys():
         odd = sorted(parameters.keys() ^ found.parameters.keys())

@@ -19,6 +19,7 @@ from starflow.checkpoints import (
     Checkpoint,
     FragmentReader,
     Shard,
+    TrainedInfo,
     checkpoint_key,
     fragments_in,
     list_steps,
@@ -92,6 +93,21 @@ def check_same_config(config: TrainConfig, theirs: dict[str, object], whose: str
                 f"{whose} was started with {key}={theirs[key]}, the configuration says {key}={mine[key]}; "
                 "resume with the first, or use another run name"
             )
+
+
+def check_same_encoders(ours: TrainedInfo, theirs: TrainedInfo, whose: str) -> None:
+    """Raises ConfigError when the weights to start from know another VAE's latents or another encoder's states."""
+    if ours.vae.sha256 != theirs.vae.sha256:
+        raise ConfigError(
+            f"{whose} was trained on latents of VAE {theirs.vae.name} (weights {theirs.vae.sha256[:12]}), snapshot "
+            f"{ours.snapshot} has those of {ours.vae.name} ({ours.vae.sha256[:12]}); choose a snapshot of the first"
+        )
+    mine, others = ours.text_identity, theirs.text_identity
+    if mine and others and mine.sha256 != others.sha256:
+        raise ConfigError(
+            f"{whose} was trained with text encoder {others.name} (weights {others.sha256[:12]}), this configuration "
+            f"has {mine.name} ({mine.sha256[:12]}); set text_encoder to the first"
+        )
 
 
 def fill(engine: Engine, ema: EMA, checkpoint: Checkpoint, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
@@ -36,7 +37,7 @@ from training.lease import LeaseHeldError
 from training.loop import Loop, SaveFailedError, State, TrainingDivergedError
 from training.metrics import MetricsLog
 from training.processes import die_with_parent
-from training.resume import resume
+from training.resume import check_same_encoders, resume
 from training.samples import SampleGrids, earlier_samples
 
 #: Errors that come back however often the run is relaunched.
@@ -77,11 +78,12 @@ class Rank:
         reader = SnapshotReader(store, snapshot, config.cache / "snapshots", config.held_out)
         device = f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else "cpu"
         conditioner = make_conditioner(config, flow, reader.text, device)
+        trained = self._trained(snapshot, conditioner.identity)
         self.heart.beat()
         torch.manual_seed(config.seed)
         model = STARFlow(flow)
         if config.init_from and not list_steps(store, config.run):
-            initialise(model, config.init_from)
+            initialise(model, config.init_from, trained)
         engine = Engine(model, config)
         ema = EMA(engine.fragments)
         checkpoint = resume(store, config, engine, ema)
@@ -90,6 +92,7 @@ class Rank:
         saver = Saver(config, config.store, engine, ema, self.attempt.owner)
         state = State()
         if checkpoint:
+            check_same_encoders(trained, checkpoint.trained, f"run {config.run!r}")
             state = State.resumed(checkpoint.step, checkpoint.progress)
             saver.committed = checkpoint.step
         loop = Loop(
@@ -99,7 +102,7 @@ class Rank:
             saver=saver,
             reader=reader,
             maker=ExampleMaker(config, conditioner),
-            trained=self._trained(snapshot, conditioner.identity),
+            trained=trained,
             state=state,
             metrics=self._metrics(store, checkpoint),
             flops_per_sample=training_flops(flow),
@@ -148,6 +151,30 @@ class Rank:
         return SampleGrids(self.config, store, engine, ema, reader, conditioner)
 
 
+def failure(error: Exception, attempt: Attempt, rank: int) -> Report:
+    """What to say of `error`, and whether another attempt may fare better: not on a full disk."""
+    full = _full_disk(error)
+    if isinstance(error, StarflowError):
+        retry = isinstance(error, StoreError) and not isinstance(error, FINAL_ERRORS) and full is None
+        return Report(outcome="failed", reason=str(error), retry=retry)
+    if full is not None:
+        place = full.filename or attempt.config.folder
+        reason = f"cannot write to {place}: {full.strerror}; free space there, or set cache= to another folder"
+        return Report(outcome="failed", reason=reason, retry=False)
+    trace = attempt.folder / f"error-{rank}.txt"
+    trace.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+    return Report(outcome="failed", reason=f"{type(error).__name__}: {error} (see {trace})")
+
+
+def _full_disk(error: BaseException | None) -> OSError | None:
+    """The cause of `error` that says that a disk or a quota is full, if any."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
 def main() -> None:
     """Entry point; ends the process with status 0 after completion or a requested stop."""
     die_with_parent()
@@ -157,14 +184,8 @@ def main() -> None:
     rank = int(os.environ["RANK"])
     try:
         report = Rank(attempt).run()
-    except StarflowError as error:
-        retry = isinstance(error, StoreError) and not isinstance(error, FINAL_ERRORS)
-        write_report(attempt.folder, rank, Report(outcome="failed", reason=str(error), retry=retry))
     except Exception as error:  # noqa: BLE001 - whatever it is, the supervisor decides what comes next
-        trace = attempt.folder / f"error-{rank}.txt"
-        trace.write_text(traceback.format_exc(), encoding="utf-8")
-        reason = f"{type(error).__name__}: {error} (see {trace})"
-        write_report(attempt.folder, rank, Report(outcome="failed", reason=reason))
+        write_report(attempt.folder, rank, failure(error, attempt, rank))
     else:
         write_report(attempt.folder, rank, report)
         dist.destroy_process_group()

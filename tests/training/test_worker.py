@@ -1,0 +1,56 @@
+"""What a rank says when it fails."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+import pytest
+
+from starflow.cache import FileCache
+from starflow.errors import ConfigError, StoreError
+from training.launch import Attempt
+from training.metrics import MetricsLog
+from training.worker import failure
+
+
+@pytest.fixture
+def attempt(make_config, tmp_path):
+    return Attempt(config=make_config(), owner="tester:1:1", folder=tmp_path)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_named_and_not_tried_again(attempt, tmp_path, number):
+    report = failure(OSError(number, os.strerror(number), "/scratch/x"), attempt, 0)
+    assert not report.retry
+    assert report.reason.startswith(f"cannot write to /scratch/x: {os.strerror(number)}; free space there")
+
+    def fill(path):
+        raise OSError(number, os.strerror(number))
+
+    with pytest.raises(StoreError) as error:
+        FileCache(tmp_path / "cache").open("shard", fill)
+    report = failure(error.value, attempt, 0)
+    assert not report.retry
+    assert f"cache {tmp_path / 'cache'} cannot take shard: {os.strerror(number)}" in report.reason
+
+
+def test_a_log_on_a_full_disk_is_named(attempt):
+    config = attempt.config
+    config.folder.mkdir(parents=True)
+    (config.folder / "metrics.jsonl").symlink_to("/dev/full")
+    log = MetricsLog(config)
+    with pytest.raises(OSError, match="No space") as error:
+        log.write({"step": 1})
+    report = failure(error.value, attempt, 0)
+    assert not report.retry
+    assert f"cannot write to {config.folder}: No space left" in report.reason
+
+
+def test_what_may_go_away_is_tried_again(attempt, tmp_path):
+    assert failure(StoreError("the store is away"), attempt, 0).retry
+    assert not failure(ConfigError("wrong"), attempt, 0).retry
+    report = failure(RuntimeError("a peer is gone"), attempt, 1)
+    assert report.retry
+    assert "RuntimeError: a peer is gone" in report.reason
+    assert "a peer is gone" in (tmp_path / "error-1.txt").read_text()
