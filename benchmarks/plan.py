@@ -28,11 +28,11 @@ import yaml
 from train_step import machine, write
 
 from infra.demo.web import start_web
-from infra.plan import PlanConfig, make_plan, training_flops_seen
+from infra.plan import Plan, PlanConfig, make_plan, training_flops_seen
 from starflow.model import FlowConfig
 from starflow.objectstore import open_store
 from starflow.presets import PRESETS
-from starflow.prices import Machine, Prices, StoragePrices
+from starflow.prices import Prices
 
 #: Steps whose times do not count: the first ones warm up.
 WARM = 5
@@ -117,7 +117,7 @@ def measure(folder: Path, options: argparse.Namespace) -> tuple[list[dict[str, A
         rows.append(compare(f"{stage} {counts[2]:,} pictures", "s", predicted, large["seconds"][stage]))
     emoji = PRESETS["emoji"]
     rates["train_tflops"] = flops(emoji) * 32 / first["step"] / cores / 1e12
-    larger = FlowConfig(**{**emoji.to_dict(), **LARGER, "layers": tuple(LARGER["layers"])})  # type: ignore[arg-type,dict-item]
+    larger = FlowConfig(**{**emoji.to_dict(), **LARGER, "layers": tuple(LARGER["layers"])})
     predicted = flops(larger) * 64 / (rates["train_tflops"] * cores * 1e12)
     rows.append(compare("a step of the larger model", "s", predicted, second["step"]))
     rows.append(compare("training it, start to end", "s", first["start"] + predicted * second["steps"], second["wall"]))
@@ -135,25 +135,30 @@ def measure(folder: Path, options: argparse.Namespace) -> tuple[list[dict[str, A
     return rows, rates
 
 
-def plan_of(options: argparse.Namespace, images: int, start: float, **settings: Any) -> Any:
-    """The plan of a refresh like the ones measured, on this machine."""
-    here = Machine(name="here", instance="this machine", gpus=0, cpus=options.ranks, hourly=0)
-    prices = Prices(region="here", date="2000-01-01", source="none", machines=(here,),
-                    storage=StoragePrices(gigabyte_month=0, put_thousand=0, get_thousand=0))  # type: ignore[arg-type]  # fmt: skip
-    on = {f"{stage}_machine": "here" for stage in ("crawl", "encode", "train")}
-    on |= {f"{stage}_machines": 1 for stage in ("crawl", "encode", "train")}  # type: ignore[dict-item]
-    config = PlanConfig(
-        preset="emoji",
-        images=images,
-        url_yield=1.0,
-        downsampling=2,
-        text_states=PRESETS["emoji"].text_length * PRESETS["emoji"].text_width,
-        caption_share=0.0,
-        checkpoints_kept=1,
-        start_seconds=start,
-        **{"crawl_rate": 1.0, "encode_rate": 1.0, "train_tflops": 1.0, **on, **settings},
+def plan_of(options: argparse.Namespace, images: int, start: float, **settings: Any) -> Plan:
+    """The plan of a refresh like the ones measured, on this machine, for nothing."""
+    free = {"gigabyte_month": 0, "put_thousand": 0, "get_thousand": 0}
+    here = {"name": "here", "instance": "this machine", "gpus": 0, "cpus": options.ranks, "hourly": 0}
+    prices = {"region": "here", "date": "2000-01-01", "source": "none", "machines": [here], "storage": free}
+    emoji = PRESETS["emoji"]
+    config: dict[str, Any] = {
+        "preset": "emoji",
+        "images": images,
+        "url_yield": 1.0,
+        "downsampling": 2,
+        "text_states": emoji.text_length * emoji.text_width,
+        "caption_share": 0.0,
+        "checkpoints_kept": 1,
+        "start_seconds": start,
+        "crawl_rate": 1.0,
+        "encode_rate": 1.0,
+        "train_tflops": 1.0,
+    }
+    for stage in ("crawl", "encode", "train"):
+        config |= {f"{stage}_machine": "here", f"{stage}_machines": 1}
+    return make_plan(
+        PlanConfig.model_validate(config | settings), Prices.model_validate(prices | {"gateway_gigabyte": 0})
     )
-    return make_plan(config, prices)
 
 
 def main() -> None:

@@ -56,6 +56,7 @@ class PlanConfig(Config):
 
     url_yield: float = Field(0.7, gt=0, le=1, description="Pictures of the snapshot for each URL (assumed).")
     image_bytes: int = Field(150_000, gt=0, description="Mean size of a picture as fetched (assumed).")
+    gateway: bool = Field(True, description="Fetches pass a NAT gateway, as with `starflow cluster render`.")
     batch_size: int = Field(10_000, gt=0, description="URLs of one crawl batch.")
     caption_share: float = Field(1.0, ge=0, le=1, description="Share of the pictures that a model captions.")
     caption_rate: float = Field(10.0, gt=0, description="Captions a second of one device (assumed).")
@@ -116,6 +117,7 @@ class Plan(Config):
     storage_bytes: dict[str, int]
     storage_dollars: float
     request_dollars: float
+    gateway_dollars: float = Field(description="What is fetched, through a NAT gateway.")
     machine_dollars: float
     dollars: float
     hours: float = Field(description="All stages one after the other.")
@@ -124,7 +126,7 @@ class Plan(Config):
 
 
 def make_plan(config: PlanConfig, prices: Prices | None = None, results: Path = RESULTS) -> Plan:
-    """The plan. Raises ConfigError for an unknown preset or machine, or a preset without a recipe."""
+    """The plan. Raises ConfigError for an unknown preset or machine."""
     prices = prices or load_prices()
     flow = get_preset(config.preset)
     seen = images_seen(config)
@@ -138,6 +140,7 @@ def make_plan(config: PlanConfig, prices: Prices | None = None, results: Path = 
     stored = sum(storage.values()) / 1e9 * prices.storage.gigabyte_month * config.months
     requests = sum(s.puts * prices.storage.put_thousand + s.gets * prices.storage.get_thousand for s in stages) / 1000
     machines = sum(stage.dollars for stage in stages)
+    fetched = config.images * config.image_bytes / 1e9 * prices.gateway_gigabyte if config.gateway else 0.0
     return Plan(
         config=config,
         parameters=parameters(flow),
@@ -147,8 +150,9 @@ def make_plan(config: PlanConfig, prices: Prices | None = None, results: Path = 
         storage_bytes=storage,
         storage_dollars=stored,
         request_dollars=requests,
+        gateway_dollars=fetched,
         machine_dollars=machines,
-        dollars=stored + requests + machines,
+        dollars=stored + requests + fetched + machines,
         hours=sum(stage.hours for stage in stages),
         prices=f"{prices.region}, on demand, {prices.date}",
         assumed=_assumptions(config, stages),
@@ -157,12 +161,8 @@ def make_plan(config: PlanConfig, prices: Prices | None = None, results: Path = 
 
 def images_seen(config: PlanConfig) -> int:
     """Samples over all steps, by the recipe where the plan does not say."""
-    recipe = RECIPES.get(config.preset, {})
-    steps = config.steps or recipe.get("steps")
-    batch = config.global_batch_size or recipe.get("global_batch_size")
-    if not steps or not batch:
-        raise ConfigError(f"preset {config.preset} has no recipe; set steps and global_batch_size")
-    return int(steps * batch)
+    recipe = RECIPES[config.preset]
+    return int((config.steps or recipe["steps"]) * (config.global_batch_size or recipe["global_batch_size"]))
 
 
 def latent_bytes(config: PlanConfig, flow: FlowConfig) -> int:
@@ -214,6 +214,8 @@ def _crawl(config: PlanConfig, prices: Prices, results: Path) -> Stage:
     batches = ceil(urls / config.batch_size)
     uploads = _upload_requests(config.batch_size * config.url_yield * config.image_bytes)
     rate = _rate(config.crawl_rate, "URLs", results / "plan.json", "crawl_urls_per_second", 20.0)
+    if rate.known == "measured":
+        rate = rate.model_copy(update={"source": f"{rate.source}, from loopback: no network, no slow hosts"})
     machine = prices.machine(config.crawl_machine)
     puts = batches * (BATCH_OBJECTS - 1 + uploads)
     return stage("crawl", machine, config.crawl_machines, urls, rate, config.start_seconds, puts, 2 * puts)

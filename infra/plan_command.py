@@ -53,6 +53,7 @@ def _show(plan: Plan) -> None:
     out.print(f"storage: {stored}; {plan.storage_dollars:,.0f} dollars for {plan.config.months:g} months")
     puts, gets = (sum(getattr(stage, kind) for stage in plan.stages) for kind in ("puts", "gets"))
     out.print(f"requests: {puts:,} that write, at most {gets:,} that read; {plan.request_dollars:,.0f} dollars")
+    out.print(f"NAT gateway for what is fetched: {plan.gateway_dollars:,.0f} dollars")
     out.print(f"[bold]together: {plan.dollars:,.0f} dollars, {plan.hours:,.0f} hours one after the other[/]")
     for stage in plan.stages:
         if stage.rate.known == "measured":

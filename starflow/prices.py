@@ -49,6 +49,7 @@ class Prices(Config):
     date: date
     source: str
     machines: tuple[Machine, ...] = Field(min_length=1)
+    gateway_gigabyte: float = Field(ge=0, description="Dollars for 10^9 bytes through a NAT gateway.")
     storage: StoragePrices
 
     def machine(self, name: str) -> Machine:

@@ -26,9 +26,14 @@ def test_the_default_is_the_released_recipe_on_the_dated_prices() -> None:
     assert {stage.rate.known for stage in plan.stages} == {"assumed"}  # and the plan says so
     for stage in plan.stages:
         assert any(line.startswith(stage.name) for line in plan.assumed)
-    assert plan.dollars == pytest.approx(
-        sum(s.dollars for s in plan.stages) + plan.storage_dollars + plan.request_dollars
+    money = (
+        plan.storage_dollars,
+        plan.request_dollars,
+        plan.gateway_dollars,
+        *(stage.dollars for stage in plan.stages),
     )
+    assert plan.dollars == pytest.approx(sum(money))
+    assert plan.gateway_dollars == pytest.approx(700e6 * 150e3 / 1e9 * 0.045)
     assert plan.storage_bytes["latents"] == 700_000_000 * 2 * 2 * 4 * 32 * 32
     assert "2026-01-19" in plan.prices
 
@@ -68,9 +73,9 @@ def test_a_cpu_needs_a_measured_rate(tmp_path: Path) -> None:
     assert {stage.rate.known for stage in stages} == {"measured"}
 
 
-def test_a_preset_without_a_recipe_and_an_unknown_machine_say_what_to_do() -> None:
-    with pytest.raises(ConfigError, match="set steps and global_batch_size"):
-        make_plan(PlanConfig(preset="imagenet-512"), results=NOWHERE)
+def test_an_unknown_preset_and_machine_say_what_to_do() -> None:
+    with pytest.raises(ConfigError, match="'imagenet-1024' does not exist; choose one of tiny"):
+        make_plan(PlanConfig(preset="imagenet-1024"), results=NOWHERE)
     with pytest.raises(ConfigError, match=r"'h900'.*h100 \(p5\.48xlarge\)"):
         make_plan(PlanConfig(train_machine="h900"), results=NOWHERE)
 
