@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import queue
 import shlex
-import subprocess
-import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 from uuid import UUID
 
-import psutil
-import yaml
 from prefect import flow, get_run_logger, task
 from prefect.artifacts import (
     create_image_artifact,
@@ -28,16 +23,15 @@ from prefect.artifacts import (
 )
 from prefect.cache_policies import NO_CACHE
 
-from infra import processes
 from infra.cleanup import CleanupConfig, clean_runs, clean_snapshots
-from pipelines.flows import secrets_to_environment
+from infra.launch import Launch, LaunchConfig, active, logs, status, stop, submit
+from pipelines.flows import data_uri, secrets_to_environment
 from starflow.config import load_config
-from starflow.errors import StarflowError
-from starflow.forms import answer_rows, parameters_of
+from starflow.errors import NotFoundError, StarflowError
+from starflow.forms import answer_rows, fields_of, parameters_of
 from starflow.objectstore import ObjectStore, open_store
 from training.config import TrainConfig
-from training.curves import draw_curves
-from training.launch import PREEMPTED_STATUS
+from training.curves import draw_curves, run_metrics
 from training.metrics import read_metrics
 from training.recipes import RECIPES
 from training.run_commands import describe_run
@@ -46,30 +40,151 @@ from training.run_commands import describe_run
 RECIPE_FIELDS = frozenset(key for recipe in RECIPES.values() for key in recipe)
 #: How long a cancelled training may take to save its checkpoint before its processes are killed, in seconds.
 SAVE_SECONDS = 8.0
-#: How often the metrics are looked at, in seconds.
-LOOK_EVERY = 2.0
+#: Seconds between looks at the metrics, at machines whose log has nothing new, and between pages with new pictures.
+LOOK_EVERY, ASK_EVERY, PAGE_EVERY = 2.0, 15.0, 600.0
 
 
 @flow(name="train")
-@parameters_of(TrainConfig, optional=RECIPE_FIELDS, hidden=("cache",))
+@parameters_of(TrainConfig, LaunchConfig, optional=RECIPE_FIELDS, hidden=("cache",))
 def train(**parameters: Any) -> dict[str, Any]:
     """Trains a run from a snapshot, or resumes it from its newest checkpoint. Empty fields come from the preset."""
-    settings = plain(parameters)
-    command = resume_command(settings)
+    secrets_to_environment()
+    settings = plain({name: value for name, value in parameters.items() if name in TrainConfig.model_fields})
+    where = fields_of(LaunchConfig, parameters)
+    config = load_config(TrainConfig, None, assignments(settings))  # a bad value is refused before anything starts
+    command = launch_command(settings, where)
     get_run_logger().info("the same from a shell: %s", command)
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "train.yaml"
-        file.write_text(yaml.safe_dump(settings), encoding="utf-8")
-        config = load_config(TrainConfig, file)  # a bad value is refused before anything starts
-        with child([sys.executable, "-m", "starflow.cli", "train", "--config", str(file)]) as (process, lines):
-            last = follow(process, lines, Progress(config))
-    # Whatever the outcome: what is committed can be looked at, and resumed.
-    answer = publish(config, command) if open_store(config.store).head(f"runs/{config.run}/metrics.jsonl") else {}
-    if process.returncode == PREEMPTED_STATUS:
+    page = RunPage(config, where, command)
+    launch = active(config.store, config.run)
+    if launch is not None:  # this flow's process had died, not the training
+        get_run_logger().info("run %s is at work, launched at %s: following it", config.run, launch.submitted)
+    else:
+        launch = submit(config, where)
+    try:
+        end = follow(launch, page.update)
+    except BaseException:  # also a cancellation, which Prefect raises in the main thread
+        stop(launch, SAVE_SECONDS)
+        page.publish()
+        raise
+    answer = page.publish()
+    if end["state"] == "completed":
+        return answer
+    if end["state"] == "preempted":
         raise StarflowError(f"training saved and stopped as asked; run it again to go on: {command}")
-    if process.returncode:
-        raise StarflowError(own_error(last) or f"training ended with exit code {process.returncode} and no word")
-    return answer
+    raise StarflowError(f"training ended as {end['state']}: {end['message'] or 'see the log'}; to go on: {command}")
+
+
+def plain(parameters: dict[str, Any]) -> dict[str, Any]:
+    """Parameters as the types that JSON and YAML share."""
+    return {name: json.loads(json.dumps(value, default=str)) for name, value in parameters.items()}
+
+
+def assignments(values: dict[str, Any]) -> list[str]:
+    """``key=value``, as command lines take them: YAML reads JSON."""
+    return [f"{name}={json.dumps(value)}" for name, value in values.items()]
+
+
+def launch_command(settings: dict[str, Any], where: LaunchConfig) -> str:
+    """The command line that starts or resumes the same run, on the same target, wherever its store can be reached."""
+    chosen = where.model_dump(mode="json", exclude_defaults=True)
+    cluster = chosen.pop("cluster", {})
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in ({"on": where.on} | chosen).items()]
+    values = settings | {f"cluster.{name}": value for name, value in cluster.items()}
+    return shlex.join(["starflow", "launch", *options, *assignments(values)])
+
+
+def follow(launch: Launch, update: Callable[[], None]) -> dict[str, Any]:
+    """Copies the log of the first machine into the run's log until all have ended; returns the launch's status."""
+    log, lines = get_run_logger(), queue.Queue[str | None]()
+    threading.Thread(target=_read_log, args=(launch, lines), daemon=True).start()
+    reading, asked = True, time.monotonic()
+    while True:
+        try:
+            line = lines.get(timeout=LOOK_EVERY)
+        except queue.Empty:
+            update()
+            if time.monotonic() - asked < ASK_EVERY and reading:
+                continue
+        else:
+            reading = reading and line is not None
+            if line is not None:
+                log.info(line)
+                continue
+        asked, now = time.monotonic(), status(launch)
+        if not now["alive"]:
+            update()
+            return now
+
+
+def _read_log(launch: Launch, lines: queue.Queue[str | None]) -> None:
+    """Ends with None; a log that cannot be read does not end the training."""
+    try:
+        for line in logs(launch, follow=True):
+            lines.put(line)
+    except StarflowError as error:
+        lines.put(f"the log cannot be followed: {error}")
+    lines.put(None)
+
+
+class RunPage:
+    """What the run's page shows: progress step by step, and from time to time curves, samples and how to resume."""
+
+    def __init__(self, config: TrainConfig, where: LaunchConfig, command: str) -> None:
+        self._config, self._command = config, command
+        self._local = where.on == "local"
+        self._store = open_store(config.store)
+        self._shown, self._published = -1, time.monotonic()
+        first = create_progress_artifact(0.0, key="train-progress", description=f"{config.run}: starting")
+        self._artifact = cast(UUID, first)
+
+    def update(self) -> None:
+        """Shows the newest step, if there is one that has not been shown."""
+        lines = self._metrics()
+        if not lines or lines[-1]["step"] == self._shown:
+            return
+        newest, steps = lines[-1], self._config.steps
+        self._shown = newest["step"]
+        text = f"{self._config.run}: step {self._shown} of {steps}, {newest['bits_per_dim']} bits/dim"
+        update_progress_artifact(self._artifact, min(100.0 * self._shown / steps, 100.0), description=text)
+        if time.monotonic() - self._published > PAGE_EVERY:
+            self.publish()
+
+    def publish(self) -> dict[str, Any]:
+        """Artifacts of what is committed: answer, curves, samples, how to resume. Returns the answer; {} before any."""
+        self._published, config = time.monotonic(), self._config
+        if self._store.head(f"runs/{config.run}/metrics.jsonl") is None:
+            return {}
+        shown = describe_run(config.store, config.run)
+        keys = ("run", "state", "step", "steps", "snapshot", "held_out_bits_per_dim", "restarts", "metrics_url")
+        answer = {key: shown[key] for key in keys}
+        create_table_artifact(answer_rows(answer), key="train-answer", description=f"Run {config.run}")
+        with tempfile.TemporaryDirectory() as folder:
+            picture = Path(folder) / "curves.png"
+            draw_curves(self._store, [config.run], picture)
+            curves = data_uri(picture.read_bytes())
+        create_image_artifact(curves, key="train-curves", description=f"Curves of run {config.run}")
+        for key in shown["sample_grids"][-1:]:
+            step = int(Path(key).stem)
+            what = f"Samples of run {config.run} at step {step} for captions that it has not seen"
+            create_image_artifact(data_uri(self._store.read(key)), key="train-samples", description=what)
+        create_markdown_artifact(
+            f"The newest checkpoint is step {answer['step']} of run `{config.run}` in `{config.store}`. To go on, "
+            "retry this flow run, start this deployment with the same parameters, or on any machine that reaches the "
+            f"store:\n\n```sh\n{self._command}\n```\n",
+            key="train-resume",
+            description="How to resume",
+        )
+        return answer
+
+    def _metrics(self) -> list[dict[str, Any]]:
+        """Of this machine's file while it trains here, else of the newest checkpoint."""
+        if self._local:
+            file = self._config.folder / "metrics.jsonl"
+            return read_metrics(file.read_bytes()) if file.exists() else []
+        try:
+            return run_metrics(self._store, self._config.run)
+        except NotFoundError:
+            return []
 
 
 @flow(name="cleanup")
@@ -98,117 +213,3 @@ def snapshots_task(store: ObjectStore, config: CleanupConfig) -> dict[str, Any]:
 def runs_task(store: ObjectStore, config: CleanupConfig) -> dict[str, list[int]]:
     """Checkpoints of all runs."""
     return clean_runs(store, config)
-
-
-def plain(parameters: dict[str, Any]) -> dict[str, Any]:
-    """Parameters as the types that JSON and YAML share."""
-    return {name: json.loads(json.dumps(value, default=str)) for name, value in parameters.items()}
-
-
-def resume_command(settings: dict[str, Any]) -> str:
-    """The command line that starts or resumes the same run wherever its store can be reached."""
-    return shlex.join(["starflow", "train", *(f"{name}={json.dumps(value)}" for name, value in settings.items())])
-
-
-@contextmanager
-def child(command: Sequence[str]) -> Iterator[tuple[subprocess.Popen[str], queue.Queue[str | None]]]:
-    """Runs `command` in a session of its own and yields it with a queue of its output lines (None: end).
-
-    However the block ends, also by a cancellation, which Prefect raises in the main thread: the command is asked
-    to save and stop, and after `SAVE_SECONDS` it and everything below it is killed.
-    """
-    process = subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-        preexec_fn=processes.end_with_parent,  # also when this process is killed: two must not write one run
-    )
-    lines: queue.Queue[str | None] = queue.Queue()
-    threading.Thread(target=_read_lines, args=(process, lines), daemon=True).start()
-    try:
-        yield process, lines
-    finally:
-        family = processes.descendants(psutil.Process(process.pid)) if process.poll() is None else []
-        process.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(SAVE_SECONDS)
-        processes.stop([member for member in family if member.is_running()], seconds=1.0)
-        process.wait()
-
-
-def _read_lines(process: subprocess.Popen[str], lines: queue.Queue[str | None]) -> None:
-    assert process.stdout is not None
-    for line in process.stdout:
-        lines.put(line.rstrip())
-    lines.put(None)
-
-
-def follow(process: subprocess.Popen[str], lines: queue.Queue[str | None], progress: Progress) -> list[str]:
-    """Copies the output into the run's log until it ends; returns its last lines."""
-    log, last = get_run_logger(), list[str]()
-    while True:
-        try:
-            line = lines.get(timeout=LOOK_EVERY)
-        except queue.Empty:
-            progress.update()
-            continue
-        if line is None:
-            process.wait()
-            progress.update()
-            return last
-        log.info(line)
-        last = [*last[-20:], line]
-
-
-def own_error(lines: Sequence[str]) -> str:
-    """What a failed command said last: the sentence after `error:` if there is one."""
-    said = [line for line in lines if line.strip()]
-    errors = [line.removeprefix("error: ") for line in said if line.startswith("error: ")]
-    return (errors or said or [""])[-1]
-
-
-class Progress:
-    """The progress artifact, kept up with the metrics that the run writes on this machine."""
-
-    def __init__(self, config: TrainConfig) -> None:
-        self._config, self._shown = config, -1
-        first = create_progress_artifact(0.0, key="train-progress", description=f"{config.run}: starting")
-        self._artifact = cast(UUID, first)
-
-    def update(self) -> None:
-        """Shows the newest step, if there is one that has not been shown."""
-        file = self._config.folder / "metrics.jsonl"
-        lines = read_metrics(file.read_bytes()) if file.exists() else []
-        if not lines or lines[-1]["step"] == self._shown:
-            return
-        newest, steps = lines[-1], self._config.steps
-        self._shown = newest["step"]
-        text = f"{self._config.run}: step {self._shown} of {steps}, {newest['bits_per_dim']} bits/dim"
-        update_progress_artifact(self._artifact, min(100.0 * self._shown / steps, 100.0), description=text)
-
-
-def publish(config: TrainConfig, command: str) -> dict[str, Any]:
-    """Artifacts of what is committed: curves, answer, how to resume. Returns the answer."""
-    shown = describe_run(config.store, config.run)
-    keys = ("run", "state", "step", "steps", "snapshot", "held_out_bits_per_dim", "restarts", "metrics_url")
-    answer = {key: shown[key] for key in keys}
-    create_table_artifact(answer_rows(answer), key="train-answer", description=f"Run {config.run}")
-    with tempfile.TemporaryDirectory() as folder:
-        picture = Path(folder) / "curves.png"
-        draw_curves(open_store(config.store), [config.run], picture)
-        encoded = base64.b64encode(picture.read_bytes()).decode()
-    create_image_artifact(
-        f"data:image/png;base64,{encoded}", key="train-curves", description=f"Curves of run {config.run}"
-    )
-    create_markdown_artifact(
-        f"The newest checkpoint is step {answer['step']} of run `{config.run}` in `{config.store}`. To go on, retry "
-        "this flow run, start this deployment with the same parameters, or on any machine that reaches the store:\n\n"
-        f"```sh\n{command}\n```\n",
-        key="train-resume",
-        description="How to resume",
-    )
-    return answer

@@ -1,4 +1,4 @@
-"""The Prefect flows that write snapshots: refresh and backfill, with pages that people can read."""
+"""The Prefect flows that write snapshots: refresh, backfill, recaption, with pages that people can read."""
 
 from __future__ import annotations
 
@@ -34,11 +34,14 @@ from prefect.states import Cancelled, State
 from pydantic import Field
 
 from pipelines.deployment import SECRETS, BackfillConfig, limit_name
+from pipelines.drops import drop_samples
 from pipelines.gate import GatedRefreshConfig, GateRefusedError, Measure, candidate, exceeded, measure
+from pipelines.recaption import RecaptionConfig
+from pipelines.recaption import recaption as run_recaption
 from pipelines.refresh import STAGES, RefreshResult, Stage, result, run_stage
 from pipelines.state import RefreshState
 from starflow.forms import answer_rows, fields_of, parameters_of
-from starflow.objectstore import ObjectStore
+from starflow.objectstore import ObjectStore, open_store
 from starflow.snapshots import Snapshot, load_snapshot
 
 #: Emitted after the commit; the automation train-on-publish waits for it.
@@ -92,6 +95,28 @@ def refresh_list(settings: dict[str, Any]) -> Answer:
     return refresh_once(GatedRefreshConfig.model_validate(settings))
 
 
+@flow(name="recaption")
+@parameters_of(RecaptionConfig)
+def recaption(**parameters: Any) -> Answer | State[Any]:
+    """Adds captions to every picture of a snapshot, or weighs captions anew, and publishes the next snapshot."""
+    config = RecaptionConfig.model_validate(parameters)
+
+    def work() -> Answer:
+        page = RunPage("recaption", ("caption", "text", "publish"))
+        done = run_recaption(config, page.on_event)
+        answer = done.model_dump(mode="json")
+        store = open_store(config.store)
+        snapshot = load_snapshot(store, done.snapshot)
+        if done.captioned or done.reused:
+            announce(store, snapshot)
+        page.finish()
+        create_table_artifact(answer_rows(answer), key="recaption-answer", description=f"Snapshot {snapshot.id}")
+        show_pictures(store, snapshot, "recaption-pictures", "Pictures with their heaviest captions, decoded.")
+        return answer
+
+    return alone(config.store, work)
+
+
 def alone(store: str, work: Callable[[], Answer]) -> Answer | State[Any]:
     """What `work` returns, done while nobody else writes snapshots to `store`; else this run ends as Cancelled.
 
@@ -135,16 +160,23 @@ def refresh_once(config: GatedRefreshConfig) -> Answer:
     counts: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix="starflow-refresh-") as work:
         state = RefreshState(config, Path(work), page.on_event, batch_task)
-        for stage in STAGES:
-            if stage.name == "publish" and state.encoded is not None and state.encoded.parts:
-                pass_gate(state, config, counts)
+
+        def run(stage: Stage) -> None:
             counts[stage.name] = stage_task.with_options(name=stage.name, task_run_name=stage.name)(state, stage)
+
+        *before, publish = STAGES
+        for stage in before:
+            run(stage)
+        number = state.name
+        if state.encoded is not None and state.encoded.parts:
+            pass_gate(state, config, counts)
+        run(publish)
         answer = result(state)
     snapshot = load_snapshot(state.store, answer.snapshot)
     if answer.snapshot != (state.parent.id if state.parent else None):
         announce(state.store, snapshot)
     page.finish()
-    report(state.store, snapshot, answer)
+    report(state.store, snapshot, answer, number)
     return answer.model_dump()
 
 
@@ -268,8 +300,8 @@ def announce(store: ObjectStore, snapshot: Snapshot) -> None:
 
 
 @task(cache_policy=NO_CACHE)
-def report(store: ObjectStore, snapshot: Snapshot, answer: RefreshResult) -> None:
-    """Artifacts: answer, drops by reason, difference to the parent, pictures with captions."""
+def report(store: ObjectStore, snapshot: Snapshot, answer: RefreshResult, number: str) -> None:
+    """Artifacts of refresh `number`: answer, drops by reason, difference to the parent, pictures with captions."""
     create_table_artifact(answer_rows(answer.model_dump()), key="refresh-answer", description=f"Snapshot {snapshot.id}")
     drops = sorted(answer.dropped.items(), key=lambda item: -item[1])
     create_table_artifact(
@@ -277,9 +309,23 @@ def report(store: ObjectStore, snapshot: Snapshot, answer: RefreshResult) -> Non
         key="refresh-drops",
         description="What this refresh rejected, by reason",
     )
+    show_drops(store, number)
     parent = load_snapshot(store, snapshot.parent) if snapshot.parent else None
     create_markdown_artifact(difference(parent, snapshot), key="refresh-difference", description="Against the parent")
     show_pictures(store, snapshot, "refresh-pictures", "Newest samples, decoded from their latents.")
+
+
+def show_drops(store: ObjectStore, number: str) -> None:
+    """A few of what refresh `number` rejected, by reason, with thumbnails of what was fetched."""
+    rows = []
+    for reason, drops in drop_samples(store, number).items():
+        for drop in drops:
+            picture = f"![]({data_uri(drop.thumbnail, 'jpeg')})" if drop.thumbnail else ""
+            detail, url = (text.replace("|", "\\|").replace("\n", " ") for text in (drop.detail, drop.url))
+            rows.append(f"| {reason} | {picture} | {detail} | `{url}` |")
+    table = "\n".join(["| reason | picture | detail | URL |", "|---|---|---|---|", *rows])
+    text = table if rows else "Nothing was rejected."
+    create_markdown_artifact(text, key="refresh-drop-samples", description="Samples of what was rejected")
 
 
 def difference(parent: Snapshot | None, snapshot: Snapshot) -> str:
@@ -327,9 +373,9 @@ def newest_pictures(store: ObjectStore, snapshot: Snapshot) -> bytes | None:
     return encoded.getvalue()
 
 
-def data_uri(png: bytes) -> str:
+def data_uri(picture: bytes, kind: str = "png") -> str:
     """A picture that needs no server: it is part of the artifact."""
-    return "data:image/png;base64," + base64.b64encode(png).decode()
+    return f"data:image/{kind};base64," + base64.b64encode(picture).decode()
 
 
 def _grids(snapshot: Snapshot) -> set[tuple[int, int]]:

@@ -1,20 +1,24 @@
-"""The train flow: its form, the child it launches, and what it says of it. Training itself is tested elsewhere."""
+"""The train flow: its form, the command it names, how it follows a launch. Real runs: test_operations.py."""
 
 from __future__ import annotations
 
 import json
 import shlex
-import sys
+import types
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
-import psutil
 import pytest
-import yaml
 from prefect.utilities.callables import parameter_schema
+from typer.testing import CliRunner
 
-from infra.flows import RECIPE_FIELDS, child, own_error, plain, resume_command, train
-from infra.processes import ProcessRef, wait_until
+from infra import flows
+from infra.flows import RECIPE_FIELDS, assignments, launch_command, plain, train
+from infra.launch import LaunchConfig
+from infra.launch_command import launch as launch_app
 from starflow.config import load_config
+from starflow.errors import StarflowError
 from training.config import TrainConfig
 
 FORM = Path(__file__).with_name("train_form.json")
@@ -32,52 +36,55 @@ def test_form_leaves_to_the_preset_what_its_recipe_knows() -> None:
     assert all(field["title"] and field["description"] for field in schema.properties.values())
 
 
-def test_resume_command_gives_the_same_configuration(tmp_path: Path) -> None:
+def test_the_command_says_the_same_as_the_form(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Through the command line's own parser."""
     settings = plain(
-        {"store": str(tmp_path), "run": "it's", "steps": 7, "model": {"layers": (1, 1)}, "betas": (0.9, 0.99)}
+        {"store": str(tmp_path), "run": "a", "steps": 7, "model": {"layers": (1, 1)}, "betas": (0.9, 0.99)}
     )
-    program, command, *overrides = shlex.split(resume_command(settings))
-    assert (program, command) == ("starflow", "train")
-    file = tmp_path / "train.yaml"
-    file.write_text(yaml.safe_dump(settings | {"run": "a"}))
-    assert load_config(TrainConfig, None, [*overrides, "run=a"]) == load_config(TrainConfig, file)
+    where = LaunchConfig(on="slurm", nodes=2, ranks_per_node=4, cluster={"partition": "big one"})
+    program, command, *arguments = shlex.split(launch_command(settings, where))
+    assert (program, command) == ("starflow", "launch")
+    submitted: list[Any] = []
+    fake = types.SimpleNamespace(run="a", ranks=8, store="", model_dump=lambda mode: {})
+    monkeypatch.setattr("infra.launch.submit", lambda *given: submitted.append(given) or fake)
+    CliRunner().invoke(launch_app, [*arguments, "--json"], catch_exceptions=False)
+    assert submitted == [(load_config(TrainConfig, None, assignments(settings)), where)]
 
 
-def test_own_error_is_the_last_sentence() -> None:
-    assert own_error(["step 1", "error: no such snapshot", "bye"]) == "no such snapshot"
-    assert own_error(["step 1", "run a: giving up", ""]) == "run a: giving up"
-    assert own_error([]) == ""
+class _Launched:
+    """Stands for a launch: what its log says, and how it ends."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, lines: list[str], **end: Any) -> None:
+        self.lines, self.asked, self.end = lines, 0, {"message": "", **end}
+        self.logged: list[str] = []
+        monkeypatch.setattr(flows, "LOOK_EVERY", 0.01)
+        monkeypatch.setattr(flows, "logs", lambda launch, follow: iter(self.lines))
+        monkeypatch.setattr(flows, "status", self.status)
+        monkeypatch.setattr(flows, "get_run_logger", lambda: types.SimpleNamespace(info=self.logged.append))
+
+    def status(self, launch: Any) -> dict[str, Any]:
+        self.asked += 1
+        return self.end | {"alive": self.asked < 3}
 
 
-def test_output_arrives_line_by_line_and_ends() -> None:
-    with child([sys.executable, "-c", "print('one'); print('two')"]) as (process, lines):
-        assert [lines.get(timeout=30) for _ in range(3)] == ["one", "two", None]
-    assert process.returncode == 0
+def test_the_log_is_copied_until_all_machines_have_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched, updates = _Launched(monkeypatch, ["one", "two"], state="completed"), []
+    end = flows.follow(cast(Any, launched), lambda: updates.append(True))
+    assert launched.logged == ["one", "two"]
+    assert (end["state"], launched.asked) == ("completed", 3)
+    assert updates
 
 
-def test_cancelled_child_leaves_no_process_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The child and its own child, in another session, both ignore the request to stop."""
-    monkeypatch.setattr("infra.flows.SAVE_SECONDS", 0.3)
-    stubborn = "trap '' TERM; setsid bash -c 'trap \"\" TERM; echo $$; while true; do sleep 0.05; done'; true"
-    grandchild = []
+def test_a_log_out_of_reach_ends_no_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched = _Launched(monkeypatch, [], state="completed")
 
-    def cancelled() -> None:
-        with child(["bash", "-c", stubborn]) as (_, lines):
-            pid = int(lines.get(timeout=30) or 0)
-            grandchild.append(ProcessRef(pid=pid, created=psutil.Process(pid).create_time()))
-            raise KeyboardInterrupt
+    def fails(launch: Any, follow: bool) -> Iterator[str]:
+        raise StarflowError("no such machine")
+        yield
 
-    with pytest.raises(KeyboardInterrupt):
-        cancelled()
-    assert wait_until(lambda: not grandchild[0].alive, seconds=5)
-
-
-def test_child_may_save_before_it_ends() -> None:
-    saves = "trap 'echo saved; exit 75' TERM; echo ready; while true; do sleep 0.05; done"
-    with child(["bash", "-c", saves]) as (process, lines):
-        assert lines.get(timeout=30) == "ready"
-    assert process.returncode == 75
-    assert lines.get(timeout=5) == "saved"
+    monkeypatch.setattr(flows, "logs", fails)
+    assert flows.follow(cast(Any, launched), lambda: None)["state"] == "completed"
+    assert launched.logged == ["the log cannot be followed: no such machine"]
 
 
 if __name__ == "__main__":
