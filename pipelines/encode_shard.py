@@ -190,6 +190,6 @@ def _fetch(store: ObjectStore, span: Sequence[Picture]) -> Iterator[tuple[Pictur
 
 def _decode(data: bytes, height: int, width: int) -> np.ndarray | str:
     try:
-        return fit(decode_image(data), height, width)
+        return fit(decode_image(data, cover=(height, width)), height, width)
     except ImageError:
         return "corrupt"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
+import math
 import struct
 import textwrap
 import zlib
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageDraw, ImageFont, ImageOps
 
 from starflow.errors import StarflowError
 
@@ -34,8 +35,11 @@ class ImageError(StarflowError):
     """Bytes that cannot be used as a picture; the message says why."""
 
 
-def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def decode_image(data: bytes, max_pixels: int = MAX_PIXELS, cover: tuple[int, int] | None = None) -> Image.Image:
     """Decodes `data` to an upright 8-bit sRGB picture: first frame, EXIF orientation applied, alpha on white.
+
+    A JPEG may come out at 1/2, 1/4 or 1/8 of its size as long as it still covers (height, width) `cover`: its decoder
+    then leaves out high frequencies, which is faster than decoding and scaling them away.
 
     Raises ImageError for bytes that are no picture, are cut short, have more than `max_pixels` pixels
     (checked before any pixel is decoded) or hold floating-point samples.
@@ -45,15 +49,26 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
             width, height = image.size
             if width * height > max_pixels:
                 raise ImageError(f"picture of {width} x {height} pixels; the limit is {max_pixels} pixels")
+            if cover is not None and image.format == "JPEG":
+                _draft(image, *cover)
             image.load()
             return to_rgb(image)
     except DECODE_ERRORS as error:
         raise ImageError(f"{len(data)} bytes cannot be decoded as a picture: {error}") from error
 
 
+def _draft(image: Image.Image, height: int, width: int) -> None:
+    """Has a JPEG decoded at the smallest size that still covers `height` x `width`."""
+    if image.getexif().get(ExifTags.Base.Orientation, 1) > 4:  # lies on its side
+        height, width = width, height
+    scale = max(width / image.width, height / image.height)
+    image.draft(None, (math.ceil(image.width * scale), math.ceil(image.height * scale)))
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An upright 8-bit sRGB copy of `image`, whatever its mode; transparent parts become white."""
-    image = ImageOps.exif_transpose(image)
+    """`image` as an upright 8-bit sRGB picture, whatever its mode; transparent parts become white."""
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        image = ImageOps.exif_transpose(image)
     if image.mode == "RGB" and not image.info.keys() & {"icc_profile", "transparency"}:
         return image
     if image.mode == "F":

@@ -59,6 +59,26 @@ def test_cmyk():
     assert max(green, blue) < 60
 
 
+def test_a_large_jpeg_is_decoded_just_large_enough():
+    coarse = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 16, 3), np.uint8))
+    picture = coarse.resize((800, 600), Image.Resampling.BICUBIC)
+    data = encoded(picture, "JPEG", quality=95)
+    for height, width, size in (
+        (64, 64, (100, 75)),
+        (100, 64, (200, 150)),
+        (64, 260, (400, 300)),
+        (601, 9, (800, 600)),
+    ):
+        small = decode_image(data, cover=(height, width))
+        assert small.size == size
+        error = fit(small, height, width).astype(float) - fit(decode_image(data), height, width)
+        assert 10 * np.log10(255**2 / np.mean(error**2)) > 38 or size == (800, 600)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert decode_image(encoded(picture, "JPEG", exif=exif.tobytes()), cover=(140, 64)).size == (150, 200)
+    assert decode_image(encoded(picture), cover=(64, 64)).size == (800, 600)
+
+
 def test_exif_orientation_is_applied_once():
     picture = Image.new("RGB", (20, 10), RED)
     exif = Image.Exif()
