@@ -1,11 +1,12 @@
 """How long a save stops training: copied to memory and uploaded behind, against waiting for it.
 
     python benchmarks/checkpoint.py                      # 1.4 GB of state, two ranks, a local folder
-    python benchmarks/checkpoint.py --store s3://bucket/prefix
+    python benchmarks/checkpoint.py --store s3://bucket/prefix      # and against S3
 
-Both paths run in the same run, on the same state, against the same store. "behind": what the training loop waits
-for in `Saver.begin`. "synchronous": the same save, waited for until its manifest is committed. Step times tell
-what an upload costs the training that goes on meanwhile.
+Writes benchmarks/results/checkpoint-cpu.{md,json} (checkpoint-s3 for S3). Both paths run in the same run, on the
+same state, against the same store. "stall": what the training loop waits for in `Saver.begin`, the slowest rank
+counts. "synchronous": the same save, waited for until its manifest is committed. Step times tell what an upload
+costs the training that goes on meanwhile. The load is noted: others that use the memory make the copy slower.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from train_step import machine, write
 
 from starflow.checkpoints import Progress, TrainedInfo, load_manifest
 from starflow.encoders import VAEIdentity
@@ -66,12 +67,13 @@ def rank(number: int, port: int, config: TrainConfig, flow: FlowConfig, repeats:
     saver.close()
     if number == 0:
         result = {
-            "stall_seconds": max(stalls),
-            "synchronous_seconds": median(synchronous),
-            "stall_share_of_synchronous": max(stalls) / median(synchronous),
-            "behind_seconds": median(behind),
-            "step_seconds_alone": median(alone),
-            "step_seconds_during_upload": median(during),
+            "stall, s": median(stalls),
+            "longest stall, s": max(stalls),
+            "synchronous, s": median(synchronous),
+            "longest stall, % of synchronous": 100 * max(stalls) / median(synchronous),
+            "committed behind after, s": median(behind),
+            "step alone, s": median(alone),
+            "step during upload, s": median(during) if during else "none",
         }
         out.write_text(json.dumps(result))
     dist.destroy_process_group()
@@ -116,7 +118,6 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=1024, help="model width (7 layers)")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", type=Path, help="file for the JSON; stdout if left out")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         store = arguments.store or str(Path(folder) / "store")
@@ -134,19 +135,16 @@ def main() -> None:
         out = Path(folder) / "result.json"
         mp.spawn(rank, (port, config, flow, arguments.repeats, out), nprocs=arguments.ranks)
         checkpoint = load_manifest(opened, config.run)
-        report: dict[str, Any] = {
-            "state_bytes": sum(ref.size for ref in checkpoint.objects()),
+        about = machine("cpu") | {
+            "state, bytes": sum(ref.size for ref in checkpoint.objects()),
             "parameters": sum(torch.Size(shape).numel() for shape in checkpoint.parameters.values()),
             "ranks": arguments.ranks,
-            "store": opened.url.partition(":")[0] if "://" in opened.url else "local folder",
-            "load_average": os.getloadavg()[0],
-            **json.loads(out.read_text()),
+            "store": "S3" if "://" in store else "a local folder",
+            "saves of each kind": arguments.repeats,
         }
+        rows = [json.loads(out.read_text())]
         opened.delete(info.key for info in list(opened.list(f"runs/{config.run}/")))
-    text = json.dumps(report, indent=1)
-    if arguments.out:
-        arguments.out.write_text(text + "\n")
-    print(text)
+    write("checkpoint-s3" if "://" in store else "checkpoint-cpu", "What a checkpoint costs training", about, rows)
 
 
 if __name__ == "__main__":
