@@ -42,7 +42,7 @@ Checkpoint = Annotated[
     str,
     typer.Option("--checkpoint", "-c", help="STORE/RUN, STORE/RUN@STEP, or a folder of an exported or imported model."),
 ]
-Device = Annotated[str, typer.Option(help="cpu or cuda; cuda runs the flow in bfloat16.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N; on cuda the flow runs in bfloat16.")]
 Seed = Annotated[int, typer.Option(help="The same seed gives the same result.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the answer as JSON.")]
 
@@ -145,7 +145,14 @@ def encode(
     paths = _image_paths(images)
     captions = _captions(caption or [""], len(paths))
     generator = _open(checkpoint, device)
-    x = generator.latents([_read(path) for path in paths], seed=None)
+    pictures = [_read(path) for path in paths]
+    for path, picture in zip(paths, pictures, strict=True):
+        if generator.grid_of(picture) != generator.grid_of(pictures[0]):
+            raise ConfigError(
+                f"{path} of {picture.width} x {picture.height} pixels has another aspect ratio than {paths[0]} of "
+                f"{pictures[0].width} x {pictures[0].height} pixels; encode pictures of one aspect ratio at a time"
+            )
+    x = generator.latents(pictures, seed=None)
     noise = likelihood.encode(generator.model, x, generator.condition(captions))
     out.parent.mkdir(parents=True, exist_ok=True)
     save_file({"noise": noise.cpu().clone()}, out, metadata={"captions": json.dumps(captions)})
@@ -269,9 +276,11 @@ def _open(checkpoint: str, device: str, decoder: str = "none") -> Generator:
 
     from starflow.generate import Generator
 
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device cuda is not available here; use --device cpu")
-    return Generator.open(checkpoint, device, torch.bfloat16 if device == "cuda" else torch.float32, decoder)
+    here = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    here += [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    if device not in here:
+        raise ConfigError(f"--device {device} does not exist here; choose one of {', '.join(here)}")
+    return Generator.open(checkpoint, device, torch.float32 if device == "cpu" else torch.bfloat16, decoder)
 
 
 def _aspect(generator: Generator, aspect: str) -> Grid:

@@ -9,7 +9,6 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from starflow.config import Config
-from starflow.errors import ConfigError
 from training.recipes import RECIPES
 
 #: Run names become object keys, folder names and rendezvous ids.
@@ -108,13 +107,8 @@ class TrainConfig(Config):
         if not isinstance(preset, str):
             return data  # the field's own check names it
         if preset not in RECIPES:
-            from starflow.presets import get_preset  # loads torch, which a form does not need
-
-            try:
-                get_preset(preset)
-            except ConfigError as error:
-                raise ValueError(str(error)) from error
-        return {**RECIPES.get(preset, {}), **data}
+            raise ValueError(f"preset {preset!r} does not exist; choose one of {', '.join(RECIPES)}")
+        return {**RECIPES[preset], **data}
 
     @field_validator("snapshot", mode="before")
     @classmethod

@@ -22,6 +22,9 @@ _RELEASED: dict[str, Any] = {
     "sample_every": 5000,
 }
 
+_IMAGENET: dict[str, Any] = {**_RELEASED, "text_encoder": None, "learning_rate": 1e-4}
+_CONTINUED: dict[str, Any] = {"steps": 100_000, "learning_rate": 2e-5, "micro_batch_size": 1}
+
 RECIPES: dict[str, dict[str, Any]] = {
     "tiny": {"global_batch_size": 8, "steps": 20, "learning_rate": 1e-3, "latent_noise": 0.1, "ema_decay": 0.9},
     # Minutes on a CPU; the noise is a fifth of the latents' standard deviation. See docs/emoji-preset.md.
@@ -40,8 +43,10 @@ RECIPES: dict[str, dict[str, Any]] = {
         "held_out": 0.03,
         "text_encoder": "minilm",
     },
-    "imagenet-256": {**_RELEASED, "text_encoder": None, "learning_rate": 1e-4},
     "t2i-256": _RELEASED,
-    # Continues from the 256 weights: `starflow train --from runs/...`.
-    "t2i-512": {**_RELEASED, "steps": 100_000, "learning_rate": 2e-5, "micro_batch_size": 1},
+    # Assumed, not published (docs/model.md): steps, learning rate and micro batch of the others. Those at 512 are
+    # to continue from the weights at 256 (`init_from`).
+    "t2i-512": {**_RELEASED, **_CONTINUED},
+    "imagenet-256": _IMAGENET,
+    "imagenet-512": {**_IMAGENET, **_CONTINUED},
 }

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from starflow.checkpoints import TrainedInfo
 from starflow.encoders import load_vae
+from starflow.errors import StarflowError
 from starflow.model import FlowConfig
 from tests.starflow.flows import random_flow
 
@@ -172,6 +173,18 @@ def test_encode_and_decode_are_inverse(folder: Path, pictures: Path, tmp_path: P
         assert np.abs(np.asarray(Image.open(file), int) - np.asarray(image, int)).max() <= 1
 
 
+def test_pictures_of_several_shapes_are_scored_but_not_encoded_together(
+    folder: Path, pictures: Path, tmp_path: Path, run
+) -> None:
+    Image.new("RGB", (60, 20), "white").save(tmp_path / "wide.png")
+    both = (pictures / "0.png", tmp_path / "wide.png")
+    code, out = run("score", *both, "-c", folder, "--json")
+    assert code == 0
+    assert len(json.loads(out)) == 2
+    with pytest.raises(StarflowError, match=r"wide.png of 60 x 20 pixels .*0.png of 32 x 32 pixels; encode"):
+        run("encode", *both, "-c", folder, "-o", tmp_path / "noise.safetensors")
+
+
 def test_interpolate_inpaint_typicality(folder: Path, pictures: Path, tmp_path: Path, run) -> None:
     first, last = pictures / "0.png", pictures / "1.png"
     assert run("interpolate", first, last, "-c", folder, "-o", tmp_path / "path.png", "--steps", 3)[0] == 0
@@ -196,12 +209,12 @@ def test_interpolate_inpaint_typicality(folder: Path, pictures: Path, tmp_path: 
         (["sample", "x", "-c", "nothing"], "STORE/RUN@STEP"),
         (["score", "/nowhere.png", "-c", "FOLDER"], "/nowhere.png cannot be read"),
         (["sample", "x", "-c", "FOLDER", "--aspect", "wide"], "'wide' is not width:height"),
+        (["sample", "x", "-c", "FOLDER", "--device", "foo"], "--device foo does not exist here; choose one of cpu"),
+        (["sample", "x", "-c", "FOLDER", "--device", "cuda:99"], "--device cuda:99 does not exist here"),
         (["score", "PICTURES", "-c", "FOLDER", "--caption", "a", "--caption", "b"], "2 captions for 3 pictures"),
     ],
 )
 def test_misuse_is_explained(arguments: list[str], message: str, folder: Path, pictures: Path, run) -> None:
-    from starflow.errors import StarflowError
-
     filled = [{"FOLDER": str(folder), "PICTURES": str(pictures)}.get(word, word) for word in arguments]
     with pytest.raises(StarflowError, match=message):
         run(*filled)

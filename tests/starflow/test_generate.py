@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save
 
-from starflow.errors import ConfigError
+from starflow import manifest
+from starflow.checkpoints import KIND, VERSION, Checkpoint, Progress, Shard, TrainedInfo, checkpoint_key
+from starflow.encoders import load_vae
+from starflow.errors import ConfigError, NotFoundError
 from starflow.generate import Generator, heat_map
-from starflow.model import FlowConfig
+from starflow.model import FlowConfig, STARFlow
+from starflow.objectstore import ObjectStore, open_store
 from tests.starflow.flows import LABELS, TEXT, random_flow
 
 
@@ -51,6 +57,57 @@ def generator(config: FlowConfig = TEXT, **changes) -> Generator:
 def picture(seed: int, size: tuple[int, int] = (8, 8)) -> Image.Image:
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     return Image.fromarray(pixels)
+
+
+def write_checkpoint(store: ObjectStore, step: int, kinds: dict[str, STARFlow]) -> None:
+    """A checkpoint as two ranks leave it: each holds half of every parameter."""
+    shards = []
+    for rank in range(2):
+        refs = {}
+        for kind, flow in kinds.items():
+            parts = {}
+            for name, tensor in flow.state_dict().items():
+                middle = tensor.numel() // 2
+                start, stop = (0, middle) if rank == 0 else (middle, tensor.numel())
+                parts[f"{name}@{start}"] = tensor.flatten()[start:stop].clone()
+            refs[kind] = manifest.put(store, f"runs/r/objects/{step}-{rank}-{kind}", save(parts))
+        shards.append(Shard(**refs, optimizer=manifest.put(store, f"runs/r/objects/{step}-{rank}", b"")))
+    flow = kinds["weights"]
+    trained = TrainedInfo(
+        run="r", step=step, samples=1, snapshot="s", vae=load_vae("emoji").identity, text_encoder=None,
+        latent_noise=0.2, held_out=0,
+    )  # fmt: skip
+    checkpoint = Checkpoint(
+        run="r", step=step, created="", code="", ranks=2, zero_stage=1, shards=shards,
+        parameters={name: tensor.shape for name, tensor in flow.state_dict().items()}, model=flow.config.to_dict(),
+        trained=trained, progress=Progress(samples=1, optimizer_steps=1), config={},
+        metrics=manifest.put(store, "runs/r/objects/metrics", b""),
+    )  # fmt: skip
+    manifest.commit(store, checkpoint_key("r", step), KIND, VERSION, checkpoint.model_dump(mode="json"))
+
+
+def test_a_checkpoint_opens_as_what_was_trained(tmp_path: Path) -> None:
+    config = FlowConfig(32, (1, 2), patch=2, grid=(16, 16), head_dim=32)
+    flows = [random_flow(config, seed, 0.05) for seed in range(4)]
+    store = open_store(str(tmp_path))
+    write_checkpoint(store, 5, {"weights": flows[0], "ema": flows[1]})
+    write_checkpoint(store, 20, {"weights": flows[2], "ema": flows[3]})
+    opened = [
+        Generator.from_checkpoint(store.url, "r", 5, ema=False),
+        Generator.from_checkpoint(store.url, "r", 5),
+        Generator.from_checkpoint(store.url, "r", "newest", ema=False),
+        Generator.open(f"{store.url}/r"),
+    ]
+    for made, flow in zip(opened, flows, strict=True):
+        assert made.model.config == config
+        assert all(torch.equal(value, flow.state_dict()[name]) for name, value in made.model.state_dict().items())
+        assert (made.latent_noise, made.text_encoder, made.model.training) == (0.2, None, False)
+        assert made.vae.identity.name == "emoji"
+    assert [made.trained.step for made in opened] == [5, 5, 20, 20]
+    (drawn,) = opened[0].sample([""], grid=(16, 16))
+    assert drawn.size == (32, 32)
+    with pytest.raises(NotFoundError, match="committed steps: 5, 20"):
+        Generator.open(f"{store.url}/r@7")
 
 
 def test_a_picture_depends_on_seed_place_and_prompt_alone() -> None:

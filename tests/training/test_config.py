@@ -2,7 +2,9 @@ import pytest
 
 from starflow.config import load_config
 from starflow.errors import ConfigError
+from starflow.presets import PRESETS
 from training.config import TrainConfig
+from training.recipes import RECIPES
 
 
 def test_recipe_fills_in_and_the_file_wins(tmp_path):
@@ -26,7 +28,7 @@ def test_recipe_fills_in_and_the_file_wins(tmp_path):
         (["run=../x"], "run"),
         (["preset=foo"], "^configuration: preset 'foo' does not exist; choose one of tiny, "),
         (["preset=[1]"], "preset = .* valid string"),
-        (["preset=imagenet-512"], "steps is missing"),
+        (["steps=null"], "steps"),
         (["snapshot=true"], "snapshot = True"),
         (["offload=nvme"], "nvme_path"),
         (["offload=cpu", "zero_stage=0"], "zero_stage 1, 2 or 3"),
@@ -36,6 +38,13 @@ def test_recipe_fills_in_and_the_file_wins(tmp_path):
 def test_what_cannot_work_is_refused_by_name(overrides, message):
     with pytest.raises(ConfigError, match=message):
         load_config(TrainConfig, None, overrides, store="s", run="a")
+
+
+def test_every_preset_has_a_recipe_that_makes_a_run():
+    assert RECIPES.keys() == PRESETS.keys()
+    for preset, flow in PRESETS.items():
+        config = load_config(TrainConfig, None, [f"preset={preset}"], store="s", run="a")
+        assert (config.text_encoder is not None) == bool(flow.text_length) or preset == "tiny"
 
 
 def test_accumulation_follows_from_one_batch_size():
