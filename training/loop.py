@@ -91,6 +91,7 @@ class Loop:
     state: State
     metrics: MetricsLog | None
     flops_per_sample: float
+    peak_tflops: float | None
     beat: Callable[[], None]
     stop_requested: Callable[[], bool]
     samples: SampleGrids | None = None
@@ -198,9 +199,9 @@ class Loop:
     def _speed(self, seconds: float) -> dict[str, float | None]:
         rate = self.config.global_batch_size / seconds
         speed: dict[str, float | None] = {"seconds": seconds, "images_per_second": rate}
-        if self.config.peak_tflops:
+        if self.peak_tflops:
             achieved = rate * self.flops_per_sample / self.config.ranks
-            speed["share_of_peak"] = achieved / (self.config.peak_tflops * 1e12)
+            speed["share_of_peak"] = achieved / (self.peak_tflops * 1e12)
         return speed
 
     def _samples(self) -> int:

@@ -23,6 +23,7 @@ from starflow.flops import training_flops
 from starflow.manifest import get
 from starflow.model import STARFlow
 from starflow.objectstore import ObjectStore, open_store
+from starflow.prices import load_prices
 from starflow.reader import SnapshotReader
 from starflow.snapshots import Snapshot, load_snapshot
 from training.architecture import architecture, check_data
@@ -106,6 +107,7 @@ class Rank:
             state=state,
             metrics=self._metrics(store, checkpoint),
             flops_per_sample=training_flops(flow),
+            peak_tflops=config.peak_tflops or self._known_peak(),
             beat=self.heart.beat,
             stop_requested=self._stop.is_set,
             samples=samples,
@@ -142,6 +144,15 @@ class Rank:
             return MetricsLog(self.config)
         pictures = earlier_samples(store, self.config.run, checkpoint.step)
         return MetricsLog(self.config, get(store, checkpoint.metrics), pictures)
+
+    @staticmethod
+    def _known_peak() -> float | None:
+        """TFLOP/s of this rank's GPU, if the price table has its kind."""
+        if not torch.cuda.is_available():
+            return None
+        device = torch.cuda.get_device_name().lower()
+        peaks = (machine.peak_tflops for machine in load_prices().machines if machine.name.lower() in device)
+        return next((peak for peak in peaks if peak), None)
 
     def _samples(
         self, store: ObjectStore, engine: Engine, ema: EMA, reader: SnapshotReader, conditioner: Conditioner

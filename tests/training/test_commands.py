@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
+from PIL import Image
 
 from starflow.errors import NotFoundError
 from starflow.objectstore import open_store
 from training.checkpoint_commands import list_ as list_checkpoints
 from training.record import resolve
+from training.run_commands import compare, describe_run, show
 from training.run_commands import list_ as list_runs
 from training.train_command import dry_run_plan
 
@@ -39,3 +43,26 @@ def test_checkpoints_list(make_config, store, tmp_path, capsys):
     list_checkpoints("test", store.url, as_json=True)
     assert capsys.readouterr().out.strip() == "[]"
     assert not list(open_store(str(tmp_path / "empty")).list())
+
+
+def test_compare_draws_all_runs_and_names_the_differences(make_config, store, tmp_path, capsys):
+    for run, rate in (("one", 1e-3), ("two", 2e-3)):
+        resolve(store, make_config(run=run, learning_rate=rate))
+        lines = [{"step": n, "bits_per_dim": 1 / n, "grad_norm": rate, "images_per_second": 9.0} for n in range(1, 9)]
+        store.write(f"runs/{run}/metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
+    compare(["one", "two"], store.url, tmp_path / "out" / "curves.png", as_json=True)
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["differences"] == {"learning_rate": {"one": 0.001, "two": 0.002}}
+    with Image.open(answer["picture"]) as picture:
+        assert len(picture.convert("RGB").getcolors(2**20)) > 50  # curves, not a blank page
+    with pytest.raises(NotFoundError, match="'three'"):
+        compare(["one", "three"], store.url, tmp_path / "curves.png")
+
+
+def test_show_names_the_newest_pictures(make_config, store, capsys):
+    resolve(store, make_config())
+    for step in (2, 4):
+        store.write(f"runs/test/samples/{step:09d}.png", b"")
+    assert describe_run(store.url, "test")["sample_grids"][-1] == "runs/test/samples/000000004.png"
+    show("test", store.url)
+    assert f"{store.url}/runs/test/samples/000000004.png" in capsys.readouterr().out

@@ -84,6 +84,7 @@ def make_loop(make_config, store):
         return Loop(
             config=config, engine=engine or FakeEngine(), ema=FakeEMA(), saver=saver or FakeSaver(), reader=reader,
             maker=maker, trained=trained, state=state or State(), metrics=metrics, flops_per_sample=1.0,
+            peak_tflops=config.peak_tflops,
             beat=lambda: None, stop_requested=stop,
         )  # fmt: skip
 
