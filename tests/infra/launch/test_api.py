@@ -1,0 +1,143 @@
+"""`starflow launch` on this machine with real ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from infra.launch import (
+    AlreadyLaunchedError,
+    LaunchConfig,
+    active,
+    logs,
+    newest,
+    prepare,
+    status,
+    stop,
+    submit,
+)
+from infra.processes import descendants, wait_until
+from starflow.errors import ConfigError, NotFoundError
+from starflow.objectstore import ObjectStore
+from tests.training.run_helpers import lines
+from training.config import TrainConfig
+
+Make = Callable[..., TrainConfig]
+CPU = LaunchConfig(ranks_per_node=2)
+
+
+@pytest.fixture(autouse=True)
+def _logs_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def starflow(*arguments: str) -> Any:
+    command = [sys.executable, "-m", "starflow.cli", "launch", *arguments, "--json"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+@pytest.mark.parametrize(
+    ("launch", "message"),
+    [
+        ({"nodes": 2}, "ranks 3 do not divide over 2"),
+        ({"nodes": 2, "ranks_per_node": 3}, "global_batch_size 8 does not divide over ranks 6"),
+        ({"gpus_per_node": 2, "ranks_per_node": 4}, "a GPU has one rank"),
+        ({"min_nodes": 2}, "min_nodes 2 is more than nodes 1"),
+        ({"cluster": {"partition": "a"}}, "cluster settings of local: .*partition"),
+    ],
+)
+def test_what_does_not_fit_is_refused(make_config: Make, launch: dict[str, Any], message: str) -> None:
+    config = make_config(ranks=1).model_copy(update={"ranks": 3})
+    with pytest.raises(ConfigError, match=message):
+        submit(config, LaunchConfig(**launch))
+
+
+def test_ranks_follow_from_the_machines(make_config: Make) -> None:
+    for launch, ranks in (({"nodes": 4, "gpus_per_node": 2}, 8), ({"nodes": 2}, 2), ({"ranks_per_node": 4}, 4)):
+        prepared, config = prepare(make_config(ranks=2), LaunchConfig(**launch))
+        assert prepared.ranks == config.ranks == ranks
+
+
+def test_unknown_runs(store: ObjectStore) -> None:
+    assert active(store.url, "nothing") is None
+    with pytest.raises(NotFoundError, match="'nothing' was never launched"):
+        newest(store.url, "nothing")
+
+
+def test_kill_stop_and_resume(make_config: Make, store: ObjectStore, tmp_path: Path) -> None:
+    """The command line submits; the supervisor is killed, launched again, stopped, launched again to the end."""
+    config = make_config(steps=3000, checkpoint_every=5, validation_every=3000)
+    file = tmp_path / "train.yaml"
+    file.write_text(config.model_dump_json())
+    answer = starflow("--on", "local", "--ranks-per-node", "2", "--config", str(file), "seed=3")
+    launch = newest(store.url, "test")
+    assert answer["id"] == launch.id
+    try:
+        assert wait_until(lambda: (status(launch)["step"] or 0) >= 5, seconds=100)
+        shown = starflow("status", "test", "--store", store.url)
+        assert (shown["state"], shown["nodes"][0]["state"], shown["ranks"]) == ("running", "running", 2)
+        with pytest.raises(AlreadyLaunchedError, match=r"launched at .* still at work"):
+            submit(config, CPU)
+        supervisor = launch.handle["processes"][0]["pid"]
+        family = descendants(psutil.Process(supervisor))
+        os.kill(supervisor, signal.SIGKILL)
+        assert wait_until(lambda: not status(launch)["alive"], seconds=20)
+        assert status(launch)["state"] == "interrupted"
+        assert wait_until(lambda: not any(p.is_running() and p.status() != "zombie" for p in family), seconds=20)
+
+        config = config.model_copy(update={"seed": 3})
+        launch = submit(config, CPU)
+        assert wait_until(lambda: status(launch)["state"] == "running", seconds=100)
+        assert wait_until(lambda: any("images/s" in line for line in logs(launch)), seconds=100)
+        answer = starflow("stop", "test", "--store", store.url)
+        assert (answer["state"], answer["alive"]) == ("preempted", False)
+        reached = answer["step"]
+        assert reached > 5
+
+        launch = submit(config.model_copy(update={"steps": reached + 2}), CPU)
+        said = list(logs(launch, follow=True))
+        assert f"run test: attempt 3: 2 ranks, ZeRO-2, resuming from step {reached}" in said
+        assert status(launch)["state"] == "completed"
+        assert active(store.url, "test") is None
+    finally:
+        stop(launch, 0)
+    assert [line["step"] for line in lines(store, "test")] == list(range(1, reached + 3))
+
+
+@pytest.mark.slow
+def test_several_machines_on_this_one(make_config: Make, store: ObjectStore) -> None:
+    """Two supervisors on loopback; one is killed, the other goes on alone to the end."""
+    config = make_config(steps=300, checkpoint_every=20, validation_every=300, ranks=1)
+    launch = submit(config, LaunchConfig(nodes=2, patience=1))
+    try:
+        assert wait_until(lambda: (status(launch)["step"] or 0) >= 20, seconds=100)
+        os.kill(launch.handle["processes"][1]["pid"], signal.SIGKILL)
+        assert wait_until(lambda: not status(launch)["alive"], seconds=200)
+    finally:
+        stop(launch, 0)
+    assert status(launch)["state"] == "completed"
+    assert any("1 ranks on 1 of 2 machines" in line for line in logs(launch))
+    assert [line["step"] for line in lines(store, "test")] == list(range(1, 301))
+
+
+def test_dry_run_shows_what_would_be_submitted(make_config: Make, tmp_path: Path, store: ObjectStore) -> None:
+    file = tmp_path / "train.yaml"
+    file.write_text(make_config().model_dump_json())
+    answer = starflow(
+        "--on", "slurm", "--nodes", "2", "--config", str(file), "--dry-run", "cluster.partition=long"
+    )  # fmt: skip
+    assert "#SBATCH --partition=long\n" in answer["submitted"]
+    assert answer["plan"]["store_writable"] is True
+    assert not list(store.list("runs/"))

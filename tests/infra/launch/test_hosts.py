@@ -1,0 +1,166 @@
+"""Detached supervisors on this machine and over ssh: real processes, found again by id and start time."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import asyncssh
+import psutil
+import pytest
+
+from infra.launch import Launch
+from infra.launch.hosts import LocalLauncher, SshLauncher
+from infra.processes import wait_until
+from starflow.errors import ConfigError, StarflowError
+
+#: Stands for a supervisor: says who and where it is, saves when asked to stop.
+SUPERVISOR = (
+    "bash",
+    "-c",
+    "trap 'echo saved; exit 75' TERM; echo machine $STARFLOW_NODE_RANK of $STARFLOW_NODES key $AWS_SECRET_ACCESS_KEY;"
+    " while true; do sleep 0.05; done",
+)
+Make = Callable[..., Launch]
+
+
+def submitted(launcher: Any, launch: Launch) -> Launch:
+    return launch.model_copy(update={"handle": launcher.submit(launch)})
+
+
+def states(launcher: Any, launch: Launch) -> list[str]:
+    return [node.state for node in launcher.nodes(launch)]
+
+
+@pytest.fixture
+def secret(monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "it's secret")
+    return "it's secret"
+
+
+def check_life(launcher: Any, launch: Launch) -> None:
+    """Submit, status, logs, stop, kill."""
+    launch = submitted(launcher, launch)
+    try:
+        assert states(launcher, launch) == ["running", "running"]
+        assert wait_until(lambda: bool(list(launcher.logs(launch, 1, False))), seconds=30)
+        assert list(launcher.logs(launch, 1, False)) == ["machine 1 of 2 key it's secret"]
+        psutil.Process(launch.handle["processes"][1]["pid"]).kill()
+        assert wait_until(lambda: states(launcher, launch) == ["running", "ended"], seconds=30)
+        launcher.stop(launch, force=False)
+        assert wait_until(lambda: states(launcher, launch) == ["ended", "ended"], seconds=30)
+        assert list(launcher.logs(launch, 0, True))[-1] == "saved"
+    finally:
+        launcher.stop(launch, force=True)
+
+
+def test_local(make_launch: Make, secret: str) -> None:
+    launch = make_launch(*SUPERVISOR, nodes=2)
+    check_life(LocalLauncher(launch.launch), launch)
+
+
+def test_a_recycled_process_id_is_not_taken_for_ours(make_launch: Make) -> None:
+    launch = make_launch(*SUPERVISOR)
+    launcher = LocalLauncher(launch.launch)
+    launch = submitted(launcher, launch)
+    process = launch.handle["processes"][0]
+    other = {**launch.handle, "processes": [{**process, "started": "1"}]}
+    try:
+        launcher.stop(launch.model_copy(update={"handle": other}), force=True)
+        assert states(launcher, launch) == ["running"]
+    finally:
+        launcher.stop(launch, force=True)
+
+
+def test_another_machine_is_not_asked(make_launch: Make) -> None:
+    launch = make_launch()
+    handle = {"place": "elsewhere/boot/1", "processes": [{"host": "localhost", "pid": 1, "started": "1", "log": "/l"}]}
+    launch = launch.model_copy(update={"handle": handle})
+    node = LocalLauncher(launch.launch).nodes(launch)[0]
+    assert (node.state, node.detail) == ("unknown", "it was launched on another machine, elsewhere")
+    with pytest.raises(StarflowError, match="its log is /l there"):
+        next(LocalLauncher(launch.launch).logs(launch, 0, False))
+
+
+def test_ssh_settings(make_launch: Make) -> None:
+    with pytest.raises(ConfigError, match="2 machines but 1 hosts"):
+        SshLauncher(make_launch(on="ssh", nodes=2, cluster={"hosts": ["a"]}).launch)
+    with pytest.raises(ConfigError, match=r"unknown key host.*did you mean hosts"):
+        SshLauncher(make_launch(on="ssh", cluster={"host": ["a"]}).launch)
+
+
+def test_ssh_keeps_secrets_off_command_lines(make_launch: Make, fake: Any, secret: str, tmp_path: Path) -> None:
+    """The program `ssh` notes its arguments and runs the rest here."""
+    fake("ssh", "sys.exit(subprocess.run(ARGV[ARGV.index('sh'):]).returncode)")
+    cluster = {"hosts": ["me@one", "two"], "options": ["-p", "2222"], "folder": str(tmp_path)}
+    launch = make_launch(*SUPERVISOR, on="ssh", nodes=2, cluster=cluster)
+    launcher = SshLauncher(launch.launch)
+    check_life(launcher, launch)
+    calls = [json.loads(line) for line in (tmp_path / "ssh.calls").read_text().splitlines()]
+    assert ["-o", "BatchMode=yes", "-p", "2222", "me@one", "sh", "-s"] in calls
+    assert not [call for call in calls if any(secret in argument for argument in call)]
+    assert "export STARFLOW_ADDRESS=one\n" in launcher.render(launch)
+    assert "export AWS_SECRET_ACCESS_KEY=...\n" in launcher.render(launch)
+
+
+def test_ssh_says_what_the_host_said(make_launch: Make, fake: Any) -> None:
+    fake("ssh", "sys.exit('ssh: connect to host one port 22: Connection refused')")
+    launch = make_launch(on="ssh", cluster={"hosts": ["one"]})
+    with pytest.raises(StarflowError, match=r"ssh .* one sh -s failed: .*Connection refused"):
+        SshLauncher(launch.launch).submit(launch)
+
+
+async def run_process(process: asyncssh.SSHServerProcess[bytes]) -> None:
+    """What sshd does: runs the command in a shell, wired to the connection."""
+    child = await asyncio.create_subprocess_shell(
+        process.command or "", stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, start_new_session=True
+    )
+    await process.redirect(stdin=child.stdin, stdout=child.stdout)
+    process.exit(await child.wait())
+
+
+@pytest.fixture
+def ssh_options(tmp_path: Path) -> Iterator[list[str]]:
+    """Options of the real `ssh` that reach a real SSH server on a free port."""
+    if shutil.which("ssh") is None:
+        pytest.skip("no ssh client here")
+    key = asyncssh.generate_private_key("ssh-ed25519")
+    key.write_private_key(tmp_path / "key")
+    (tmp_path / "key").chmod(0o600)
+    key.write_public_key(tmp_path / "key.pub")
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+
+    async def listen() -> asyncssh.SSHAcceptor:
+        return await asyncssh.listen(
+            "127.0.0.1",
+            0,
+            server_host_keys=[key],
+            authorized_client_keys=str(tmp_path / "key.pub"),
+            process_factory=run_process,
+            encoding=None,
+        )
+
+    server = asyncio.run_coroutine_threadsafe(listen(), loop).result(30)
+    known = ["-o", f"UserKnownHostsFile={tmp_path}/known", "-o", "StrictHostKeyChecking=no", "-F", "none"]
+    yield ["-p", str(server.get_port()), "-i", str(tmp_path / "key"), *known]
+
+    async def close() -> None:
+        server.close()
+        await server.wait_closed()
+
+    asyncio.run_coroutine_threadsafe(close(), loop).result(30)
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join(30)
+
+
+def test_real_ssh(make_launch: Make, ssh_options: list[str], secret: str) -> None:
+    cluster = {"hosts": ["127.0.0.1", "localhost"], "options": ssh_options}
+    launch = make_launch(*SUPERVISOR, on="ssh", nodes=2, cluster=cluster)
+    check_life(SshLauncher(launch.launch), launch)
