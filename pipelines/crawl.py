@@ -58,6 +58,10 @@ _ENVIRONMENT = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "PYTHONPATH", "SSL_C
 _START_SECONDS = 120.0
 #: img2dataset sometimes hangs at its end: without progress for so long, and a few fetches, a batch is stopped.
 _STALL_SECONDS = 120.0
+#: What writing fails with when the disk is full, a quota is used up, or files may not be larger.
+FULL = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
+#: How the crawl processes end each other when they meet that: img2dataset would hang, or lose URLs.
+FULL_SIGNAL = signal.SIGUSR1
 #: A disk with less free space counts as full: img2dataset neither ends nor says so when it cannot write.
 _ROOM_BYTES = 2**16
 #: URLs that are worth the start of another process.
@@ -177,15 +181,15 @@ def _run(folder: Path, on_progress: Callable[[int], None], limit: float, stall: 
                         done, moved = now_done, time.monotonic()
                     on_progress(done)
                 else:
-                    _check_room(folder)
+                    _check_room(folder, process.returncode == -FULL_SIGNAL)
                     return False
             return True
         finally:
             _stop(process)
 
 
-def _check_room(folder: Path) -> None:
-    if shutil.disk_usage(folder).free < _ROOM_BYTES:
+def _check_room(folder: Path, is_full: bool = False) -> None:
+    if is_full or shutil.disk_usage(folder).free < _ROOM_BYTES:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
 
 

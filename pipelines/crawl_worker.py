@@ -27,7 +27,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipelines.crawl import OPT_OUT_REASONS, CrawlJob
+from pipelines.crawl import FULL, FULL_SIGNAL, OPT_OUT_REASONS, CrawlJob
 from pipelines.guard import FetchError, FetchPolicy, checked, get
 from pipelines.inspection import Inspection, InspectionError, inspect_image
 from pipelines.robots import opted_out
@@ -139,8 +139,15 @@ class GuardedDownloader(Downloader):
         return fetched, width, height, width, height, None
 
 
+def _end_if_full(error: Exception) -> None:
+    """Ends all crawl processes at once when `error` says that nothing can be written any more."""
+    if isinstance(error, OSError) and error.errno in FULL:
+        os.killpg(os.getpgrp(), FULL_SIGNAL)
+
+
 def _unexpected(error: Exception) -> FetchError:
     """A defect of ours: in the log with its traceback, and counted under its own reason."""
+    _end_if_full(error)
     traceback.print_exception(error)
     return FetchError(f"unexpected_{type(error).__name__}")
 
@@ -156,6 +163,13 @@ class OutcomeWriter:
 
     def write(self, fetched: Fetched | None, _key: str, _caption: str | None, meta: dict[str, Any]) -> None:
         """Called by img2dataset once a URL."""
+        try:
+            self._write(fetched, meta)
+        except OSError as error:
+            _end_if_full(error)
+            raise
+
+    def _write(self, fetched: Fetched | None, meta: dict[str, Any]) -> None:
         outcome: dict[str, Any] = {"row": meta["row"], "status": "ok", "reason": "", "http": 200}
         if fetched is None:
             outcome |= _failed(meta["error_message"])
@@ -187,9 +201,13 @@ class OutcomeWriter:
 
     def close(self) -> None:
         """Called by img2dataset before it writes its statistics."""
-        self.report()
-        self.bytes.close()
-        self.lines.close()
+        try:
+            self.report()
+            self.bytes.close()
+            self.lines.close()
+        except OSError as error:
+            _end_if_full(error)
+            raise
 
 
 def _failed(message: str) -> dict[str, Any]:

@@ -228,7 +228,8 @@ def _due(config: RefreshConfig, known: pa.Table, now: datetime) -> pa.Array:
     retry = pc.and_(pc.equal(known["status"], "retry"), pc.less_equal(known["next_retry"], moment))
     due = pc.fill_null(retry, False)
     blocked = pc.equal(known["status"], "blocked")
-    due = pc.or_(due, pc.and_(blocked, _unblocked(config, known)))
+    if pc.any(blocked).as_py():
+        due = pc.or_(due, pc.and_(blocked, _unblocked(config, known)))
     if config.revalidate_days is not None:
         oldest = pa.scalar(now - timedelta(days=config.revalidate_days), MOMENT)
         # What a sample was made of is looked after also when its server refused last time.

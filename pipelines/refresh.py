@@ -7,7 +7,6 @@ the Prefect flow run the same list of stages.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import tempfile
 import time
@@ -26,6 +25,7 @@ from pipelines import batches
 from pipelines.captioners import AltText, CaptionConfig
 from pipelines.commit import finish_published, publish_snapshot
 from pipelines.config import RefreshConfig
+from pipelines.crawl import FULL
 from pipelines.duplicates import find_duplicates
 from pipelines.filters import apply_filters, build_filters
 from pipelines.plan import Batch, Plan, plan_list
@@ -336,10 +336,11 @@ def run_stage(state: RefreshState, stage: Stage) -> Counts:
     try:
         counts = stage.run(state)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in FULL:
             raise
         raise StarflowError(
-            f"the disk under {state.work} is full; free space or set TMPDIR, then run the same command again"
+            f"no room left for {error.filename or state.work} ({error.strerror}); free space there, or set TMPDIR to a "
+            "folder with more, then run the same command again"
         ) from error
     seconds = round(time.monotonic() - started, 3)
     state.seconds[stage.name] = seconds

@@ -20,6 +20,8 @@ MULTIPART_BYTES = 64 * 2**20
 #: How long an S3 operation is retried before it fails for good, in seconds: short until the store has
 #: answered once, because then the endpoint is more likely wrong than briefly down.
 FIRST_DEADLINE_SECONDS, DEADLINE_SECONDS = 10.0, 120.0
+#: What a server says when bytes changed on their way to it.
+DAMAGED_CODES = frozenset(("BadDigest", "XAmzContentChecksumMismatch", "XAmzContentSHA256Mismatch"))
 
 T = TypeVar("T")
 
@@ -213,6 +215,8 @@ class S3Store(ObjectStore):
             ) from error
         if status == 507:
             raise StoreError(f"{self.url} is full, it did not take {key} ({code}); make room there") from error
+        if code in DAMAGED_CODES:
+            return  # the bytes that we have are right
         if status is not None and 400 <= status < 500 and status not in (408, 409, 425, 429):
             raise StoreError(f"{self.url}/{key}: {message}") from error
 
