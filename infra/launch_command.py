@@ -49,6 +49,7 @@ def submit(
     min_nodes: Annotated[int, typer.Option(help="Go on with as few machines as this while others stay away.")] = 1,
     patience: Annotated[int, typer.Option(help="Seconds to wait for absent machines before that.")] = 60,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be submitted, and stop.")] = False,
+    machine: Annotated[str | None, typer.Option(help="With --dry-run: cost on this kind of machine.")] = None,
     as_json: Json = False,
 ) -> None:
     """Submit a run, or its continuation, and return at once with its name. The same command again resumes."""
@@ -73,7 +74,7 @@ def submit(
         cluster=read_yaml(cluster) if cluster else {},
     )
     if dry_run:
-        _show(settings, target, as_json)
+        _show(settings, target, machine, as_json)
         return
     launched = hand_over(settings, target)
     if as_json:
@@ -90,14 +91,14 @@ def submit(
     )
 
 
-def _show(settings: Any, target: Any, as_json: bool) -> None:
+def _show(settings: Any, target: Any, machine: str | None, as_json: bool) -> None:
     from infra.launch import prepare
     from infra.launch.api import launcher
     from training.train_command import dry_run_plan
 
     prepared, config = prepare(settings, target)
     script = launcher(target).render(prepared)
-    plan = dry_run_plan(config)
+    plan = dry_run_plan(config, machine)
     if as_json:
         print_json({"launch": prepared.model_dump(mode="json"), "submitted": script, "plan": plan})
         return

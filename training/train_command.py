@@ -18,6 +18,9 @@ def train(
         str | None, typer.Option("--from", help="Start a new run from this checkpoint: STORE/RUN or STORE/RUN@STEP.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would run, check the store, stop.")] = False,
+    machine: Annotated[
+        str | None, typer.Option(help="With --dry-run: time and dollars on this kind of machine, such as h100.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the outcome as JSON on stdout.")] = False,
 ) -> None:
     """Train a run, or resume it: the same command again goes on from the newest checkpoint that verifies."""
@@ -31,7 +34,7 @@ def train(
     with _as_file(config) as file:
         settings = load_config(TrainConfig, file, overrides or (), init_from=init_from)
     if dry_run:
-        _show_plan(settings, as_json)
+        _show_plan(settings, machine, as_json)
         return
     supervisor = Supervisor(settings, place_from_environment())
     outcome = supervisor.run()
@@ -59,10 +62,10 @@ def _as_file(config: str | None) -> Iterator[Path | None]:
         yield Path(here) / name
 
 
-def _show_plan(settings: Any, as_json: bool) -> None:
+def _show_plan(settings: Any, machine: str | None, as_json: bool) -> None:
     from starflow.console import print_json
 
-    plan = dry_run_plan(settings)
+    plan = dry_run_plan(settings, machine)
     if as_json:
         print_json(plan)
         return
@@ -71,8 +74,11 @@ def _show_plan(settings: Any, as_json: bool) -> None:
     print(yaml.safe_dump(plan, sort_keys=False, allow_unicode=True), end="")
 
 
-def dry_run_plan(settings: Any) -> dict[str, Any]:
-    """Resolved configuration, size, memory per rank, work, and whether the store answers; starts nothing."""
+def dry_run_plan(settings: Any, machine: str | None = None) -> dict[str, Any]:
+    """Resolved configuration, size, memory per rank, work, and whether the store answers; starts nothing.
+
+    machine: kind of machine in the price table, for time and cost.
+    """
     from uuid import uuid4
 
     from starflow.flops import parameters as count_parameters
@@ -80,7 +86,7 @@ def dry_run_plan(settings: Any) -> dict[str, Any]:
     from starflow.objectstore import open_store
     from starflow.snapshots import load_snapshot
     from training.architecture import architecture, check_data
-    from training.estimate import memory_per_rank
+    from training.estimate import memory_per_rank, time_and_cost
 
     flow = architecture(settings)
     store = open_store(settings.store)
@@ -103,8 +109,4 @@ def dry_run_plan(settings: Any) -> dict[str, Any]:
         "checkpoint_bytes": 16 * parameters,
         "store_writable": True,
     }
-    if settings.peak_tflops:
-        hours = flops / (0.4 * settings.peak_tflops * 1e12 * settings.ranks) / 3600
-        plan["hours_at_40_percent_of_peak"] = round(hours, 2)
-        plan["device_hours"] = round(hours * settings.ranks, 1)
-    return plan
+    return plan | time_and_cost(flops, settings.ranks, settings.peak_tflops, machine)
