@@ -1,11 +1,16 @@
-"""Which runs and checkpoints a store has."""
+"""Which runs and checkpoints a store has, and their export."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save
 
+from starflow import manifest
 from starflow.checkpoints import list_runs, load_manifest
 from starflow.errors import NotFoundError
 from starflow.objectstore import open_store
@@ -30,3 +35,61 @@ def test_an_unknown_checkpoint_names_what_there_is(tmp_path: Path) -> None:
     store.write("runs/b/checkpoints/000000002.json", b"{}")
     with pytest.raises(NotFoundError, match=r"checkpoint 3 of run 'b' .* committed steps: 2"):
         load_manifest(store, "b", 3)
+
+
+EXPORT = """
+import sys, threading, time
+from pathlib import Path
+from starflow.checkpoints import export, load_manifest
+from starflow.objectstore import open_store
+
+def anonymous():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("RssAnon")).split()[1]) * 1024
+
+store = open_store(sys.argv[1])
+checkpoint = load_manifest(store, "big")
+before, peak, done = anonymous(), 0, threading.Event()
+
+def watch():
+    global peak
+    while not done.is_set():
+        peak = max(peak, anonymous())
+        time.sleep(0.002)
+
+thread = threading.Thread(target=watch)
+thread.start()
+export(store, checkpoint, Path(sys.argv[2]))
+done.set()
+thread.join()
+print(peak - before)
+"""
+
+
+def test_export_needs_the_memory_of_a_few_parameters_only(tmp_path: Path) -> None:
+    """Two ranks' shards, 128 MB together: what the process holds beyond mapped files stays far below that."""
+    store = open_store(str(tmp_path / "store"))
+    side, count = 1024, 32
+    whole = {f"layer.{n}": torch.full((side, side), float(n)) for n in range(count)}
+    half = side * side // 2
+    shards = []
+    for rank in range(2):
+        parts = {f"{name}@{rank * half}": t.view(-1)[rank * half : (rank + 1) * half] for name, t in whole.items()}
+        ref = manifest.put(store, f"runs/big/shards/{rank}", save(parts)).model_dump()
+        shards.append({"weights": ref, "ema": ref, "optimizer": ref})
+    vae = {"name": "v", "sha256": "0" * 64, "scaling_factor": 1.0, "channels": 4, "downsampling": 2}
+    trained = {
+        "run": "big", "step": 1, "samples": 1, "snapshot": "s", "vae": vae, "text_encoder": None, "latent_noise": 0.1,
+        "held_out": 0.0,
+    }  # fmt: skip
+    body = {
+        "run": "big", "step": 1, "created": "", "code": "", "ranks": 2, "zero_stage": 2, "shards": shards,
+        "parameters": {name: [side, side] for name in whole}, "model": {}, "trained": trained,
+        "progress": {"samples": 1, "optimizer_steps": 1}, "config": {}, "metrics": shards[0]["ema"],
+    }  # fmt: skip
+    manifest.commit(store, "runs/big/checkpoints/000000001.json", "checkpoint", 1, body)
+    command = [sys.executable, "-c", EXPORT, store.url, str(tmp_path / "out")]
+    grown = int(subprocess.run(command, check=True, capture_output=True, text=True, timeout=200).stdout)
+    assert grown < 80e6
+    exported = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(exported[name], whole[name]) for name in whole)
