@@ -25,7 +25,7 @@ from training.resume import resume
 
 KINDS = ("rank", "all ranks", "uploader", "supervisor")
 MOMENTS = 30
-STEPS = 1200
+STEPS = 1800
 
 
 def kill(kind, config, process, choose):
@@ -90,14 +90,13 @@ def test_thirty_random_moments(make_config, store, tmp_path):
     assert train(calm, tmp_path) == 0
     run = Guarded(killed, store, tmp_path)
     done = []
-    for moment in range(MOMENTS):
-        kind = KINDS[moment % len(KINDS)]
-        if choose.random() < 0.8:  # while it trains and saves; else while it starts
-            before = run.newest()
-            until(lambda before=before: run.newest() > before or run.process.poll() is not None, 300)
+    for number in range(MOMENTS):
+        kind = KINDS[number % len(KINDS)]
+        before, starting = run.newest(), choose.random() < 0.2
+        moment = time.monotonic() + choose.uniform(0, 10) if starting else float("inf")
+        until(lambda before=before, end=moment: run.newest() > before or time.monotonic() > end, 300)
+        if not starting:  # while it trains and saves
             time.sleep(choose.uniform(0, 0.4))
-        else:
-            time.sleep(choose.uniform(0, 10))
         if run.process.poll() is None:
             run.kill(kind, choose)
             done.append(kind)
