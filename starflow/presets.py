@@ -13,9 +13,9 @@ PRESETS: dict[str, FlowConfig] = {
     "emoji": FlowConfig(192, (2, 2, 6), patch=2, grid=(16, 16), text_length=16, text_width=384),
     # The released text-to-image model, 3.8 B: SD-VAE latents, 128 text tokens of FLAN-T5-XL.
     "t2i-256": FlowConfig(3072, (2, 2, 2, 2, 2, 24), text_length=128, text_width=2048),
-    # The same at 512 x 512: a patch of 2 keeps 1,024 image tokens.
+    # The same at 512 x 512: a patch of 2, assumed (docs/model.md), keeps 1,024 image tokens.
     "t2i-512": FlowConfig(3072, (2, 2, 2, 2, 2, 24), patch=2, grid=(64, 64), text_length=128, text_width=2048),
-    # Class-conditional ImageNet, 1.4 B.
+    # Class-conditional ImageNet, 1.4 B; patches assumed.
     "imagenet-256": FlowConfig(2048, (2, 2, 2, 2, 2, 18), classes=1000),
     "imagenet-512": FlowConfig(2048, (2, 2, 2, 2, 2, 18), patch=2, grid=(64, 64), classes=1000),
 }

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 _RELEASED: dict[str, Any] = {
-    # The released 256 x 256 text-to-image model (arXiv 2506.06276 and the shipped configuration).
+    # The released 256 x 256 text-to-image model (arXiv 2506.06276 and the shipped configuration); steps and warm-up
+    # are assumed.
     "global_batch_size": 1024,
     "steps": 500_000,
     "learning_rate": 6.4e-5,
@@ -44,8 +45,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "text_encoder": "minilm",
     },
     "t2i-256": _RELEASED,
-    # Assumed, not published (docs/model.md): steps, learning rate and micro batch of the others. Those at 512 are
-    # to continue from the weights at 256 (`init_from`).
+    # What differs from it is assumed (docs/model.md). Those at 512 are to continue from 256 (`init_from`).
     "t2i-512": {**_RELEASED, **_CONTINUED},
     "imagenet-256": _IMAGENET,
     "imagenet-512": {**_IMAGENET, **_CONTINUED},

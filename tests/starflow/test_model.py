@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import replace
 
@@ -277,30 +278,40 @@ def test_presets_and_buckets() -> None:
 
 
 def test_learns_the_entropy_of_a_known_density() -> None:
-    """Exact likelihood is a number that can be checked: three overlapping Gaussians in the plane."""
+    """Exact likelihood is a number that can be checked: three Gaussians in the plane, 4.3 deviations apart.
+
+    The mean of log p - log q over true samples estimates the Kullback-Leibler divergence: how far the learned
+    entropy lies above the true one, and never below it by more than the error of the sample.
+    """
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    means, std, steps = torch.tensor([[1.5, 0.0], [-0.75, 1.3], [-0.75, -1.3]]), 0.8, 300
+    means, std, steps = torch.tensor([[1.5, 0.0], [-0.75, 1.3], [-0.75, -1.3]]), 0.6, 450
 
     def draw(count: int) -> torch.Tensor:
         return means[torch.randint(3, (count,))] + std * torch.randn(count, 2)
 
-    points = draw(200_000)
-    square = (points.unsqueeze(1) - means).square().sum(-1)
-    log_density = torch.logsumexp(-square / (2 * std**2), 1) - math.log(3 * 2 * math.pi * std**2)
-    entropy = -log_density.mean()
-    config = replace(PRESETS["tiny"], channels=1, grid=(1, 2), text_length=0, text_width=0)
-    flow = STARFlow(config)
-    optimizer = torch.optim.AdamW(flow.parameters(), lr=5e-3, betas=(0.9, 0.95), weight_decay=1e-4)
-    warm_cosine = lambda i: min(1, (i + 1) / 30) * 0.5 * (1 + math.cos(math.pi * i / steps))  # noqa: E731
+    # Two tokens of one value: only many alternating blocks bend a plane into three islands.
+    flow = STARFlow(replace(PRESETS["tiny"], layers=(1,) * 6, channels=1, grid=(1, 2), text_length=0, text_width=0))
+    average = copy.deepcopy(flow)
+    optimizer = torch.optim.AdamW(flow.parameters(), lr=4e-3, betas=(0.9, 0.95), weight_decay=1e-4)
+    warm_cosine = lambda i: min(1, (i + 1) / 50) * 0.5 * (1 + math.cos(math.pi * i / steps))  # noqa: E731
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warm_cosine)
     for _ in range(steps):
         optimizer.zero_grad()
-        flow(draw(256).view(-1, 1, 1, 2)).loss.backward()
+        flow(draw(512).view(-1, 1, 1, 2)).loss.backward()
+        torch.nn.utils.clip_grad_norm_(flow.parameters(), 1.0)
         optimizer.step()
         schedule.step()
+        with torch.no_grad():
+            for mean, parameter in zip(average.parameters(), flow.parameters(), strict=True):
+                mean.lerp_(parameter, 0.02)
+    points = draw(50_000)
+    square = (points.unsqueeze(1) - means).square().sum(-1)
+    log_p = torch.logsumexp(-square / (2 * std**2), 1) - math.log(3 * 2 * math.pi * std**2)
     with torch.no_grad():
-        learned = 2 * flow(points[:20_000].view(-1, 1, 1, 2)).nll.mean()
+        log_q = -2 * average(points.view(-1, 1, 1, 2)).nll
+    entropy, above = -log_p.mean(), log_p - log_q
     gaussian = math.log(2 * math.pi * math.e) + 0.5 * torch.logdet(points.T.cov())
-    assert gaussian > 1.04 * entropy  # one Gaussian would not do
-    assert abs(learned - entropy) < 0.02 * entropy
+    assert gaussian > 1.1 * entropy  # one Gaussian would not do
+    assert above.mean() < 0.02 * entropy
+    assert above.mean() > -4 * above.std() / len(points) ** 0.5

@@ -65,6 +65,7 @@ def test_zero_3_with_checkpointing_computes_the_same(make_config, free_port, tmp
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)  # compiling nine times takes as long as the machine is busy
 def test_zero_3_compiled_with_checkpointing_computes_the_same(make_config, free_port, tmp_path):
     variants = {mode: {"checkpointing": mode, "compile": True} for mode in MODES}
     compare(make_config, free_port, tmp_path, variants)
