@@ -6,6 +6,9 @@
 The first form draws the emoji and holds out the drawings that the shipped VAE has not seen either. The second takes the
 pictures of the run's snapshot (after `starflow demo` and `starflow up`), holds out what the flow has not seen, and adds
 the flow's own denoising step and its samples. Every line decodes the same noisy latents of the same pictures.
+
+Samples have no original to compare with. OpenMoji is drawn in few colours, so their mean distance (RGB, 0 to 255) from
+the nearest of its commonest ones says how clean they are.
 """
 
 from __future__ import annotations
@@ -23,13 +26,13 @@ from PIL import Image
 from torch import Tensor
 from train_step import machine, write
 
-from infra.demo.emoji import write_pictures
+from infra.demo.emoji import render, shuffled, write_pictures
 from starflow.cache import FileCache
 from starflow.console import console
-from starflow.decoders import PREFIX, decoder_key, load_decoder
-from starflow.encoders import VAE, DiffusersVAE, load_vae, to_pixels
+from starflow.decoders import PREFIX, Decoder, decoder_key, load_decoder, read_decoder
+from starflow.encoders import VAE, load_vae, to_pixels
 from starflow.generate import Generator
-from starflow.images import picture_grid
+from starflow.images import decode_image, fit, picture_grid
 from starflow.objectstore import open_store
 from starflow.sampling import denoise
 from starflow.snapshots import load_snapshot
@@ -42,6 +45,8 @@ RESOLUTION = 32
 #: Share of the drawings that the shipped VAE was measured on; with the same seed it is the same drawings.
 VAE_HELD_OUT = 0.05
 SHOWN = 10
+#: The commonest colours of so many drawings cover two thirds of all pixels.
+PALETTE, PALETTE_DRAWINGS = 48, 600
 PROMPTS = (
     "a red heart",
     "grinning face",
@@ -63,8 +68,8 @@ class Case(NamedTuple):
     decode: Callable[[Tensor, Tensor, Sequence[str]], Tensor]
 
 
-def fine_tune(options: argparse.Namespace, **settings: Any) -> DecoderConfig:
-    """The configuration, after running it; the same folder and settings find the finished decoder."""
+def fine_tune(options: argparse.Namespace, **settings: Any) -> tuple[Decoder, str]:
+    """A finished decoder, and how it was made."""
     config = DecoderConfig(
         name="benchmark",
         steps=options.steps,
@@ -82,8 +87,9 @@ def fine_tune(options: argparse.Namespace, **settings: Any) -> DecoderConfig:
         if quality is not None:
             console.print(f"step {step}/{config.steps}: held out {quality.tuned:.2f} dB", highlight=False)
 
-    finetune(config, on_progress)
-    return config
+    began = time.perf_counter()
+    decoder = finetune(config, on_progress)
+    return decoder, f"{time.perf_counter() - began:.0f} s"
 
 
 def cases(vae: VAE, tuned: VAE, generator: Generator | None) -> list[Case]:
@@ -149,13 +155,22 @@ def images_of(decoded: Tensor) -> list[Image.Image]:
     return [Image.fromarray(np.asarray(pixels)) for pixels in to_pixels(decoded)]
 
 
-def about_of(batches: list[PictureBatch], config: DecoderConfig, seconds: float) -> dict[str, Any]:
+def palette_distance(pictures: Sequence[Image.Image]) -> float:
+    """Mean distance of the pixels from the nearest of OpenMoji's commonest colours."""
+    drawings = [fit(decode_image(render(item.code)), RESOLUTION, RESOLUTION) for item in shuffled()[:PALETTE_DRAWINGS]]
+    colours, counts = np.unique(np.stack(drawings).reshape(-1, 3), axis=0, return_counts=True)
+    palette = torch.from_numpy(colours[np.argsort(-counts)[:PALETTE]]).float()
+    pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).reshape(-1, 3).float()
+    return torch.cdist(pixels, palette).min(1).values.mean().item()
+
+
+def about_of(batches: list[PictureBatch], decoder: Decoder, made: str) -> dict[str, Any]:
     """What the figures were measured with."""
     return machine("cpu") | {
         "held-out pictures": sum(len(batch.pixels) for batch in batches),
-        "latent noise": config.latent_noise,
-        "fine-tuning": f"{config.steps} steps of {config.batch_size} pictures, {seconds:.0f} s",
-        "adversarial weight": config.adversarial_weight,
+        "latent noise": decoder.latent_noise,
+        "fine-tuning": f"{decoder.steps} steps of {decoder.config['batch_size']} pictures, {made}",
+        "adversarial weight": decoder.config["adversarial_weight"],
     }
 
 
@@ -163,15 +178,13 @@ def on_drawings(options: argparse.Namespace, folder: Path) -> None:
     """Noise as in the paper, pictures drawn here."""
     images, vae = folder / "pictures", load_vae("emoji")
     write_pictures(images, limit=options.pictures)
-    began, store = time.perf_counter(), str(folder / "store")
-    config = fine_tune(
-        options, store=store, images=images, resolution=RESOLUTION, held_out=VAE_HELD_OUT, latent_noise=0.3
-    )
-    seconds = time.perf_counter() - began
-    _, held_out = load_folder(images, RESOLUTION, VAE_HELD_OUT, config.seed)
+    store = open_store(str(folder / "store"))
+    shared = {"held_out": VAE_HELD_OUT, "latent_noise": 0.3}
+    decoder, made = fine_tune(options, store=store.url, images=images, resolution=RESOLUTION, **shared)
+    _, held_out = load_folder(images, RESOLUTION, VAE_HELD_OUT, seed=0)
     batches = [encode_pictures(vae, part, "cpu") for part in held_out.split(64)]
-    rows, shown = measure(cases(vae, tuned_of(config, vae), None), batches, config.latent_noise)
-    write("decoder-cpu", "Decoding noisy latents", about_of(batches, config, seconds), rows)
+    rows, shown = measure(cases(vae, load_decoder(store, decoder, vae), None), batches, decoder.latent_noise)
+    write("decoder-cpu", "Decoding noisy latents", about_of(batches, decoder, made), rows)
     names = ["original", *(row["decoded by"] for row in rows)]
     sheet([images_of(pictures) for pictures in shown], names, IMAGES / "decoder-before-after.png")
 
@@ -183,34 +196,40 @@ def on_a_flow(options: argparse.Namespace, folder: Path) -> None:
     assert trained is not None, "a checkpoint names what it was trained on"
     store = open_store(options.checkpoint.rpartition("/")[0])
     shared = {"held_out": trained.held_out, "latent_noise": trained.latent_noise, "cache": folder}
-    began = time.perf_counter()
-    config = fine_tune(options, store=store.url, snapshot=trained.snapshot, **shared)
-    seconds = time.perf_counter() - began
-    snapshot, cache = load_snapshot(store, trained.snapshot), FileCache(folder / "snapshots")
-    pictures = SnapshotPictures(store, snapshot, cache, trained.held_out, config.batch_size, config.seed)
-    batches = pictures.held_out(options.pictures or 512)
+    if options.decoder:
+        (place, decoder), made = read_decoder(options.decoder), "made before"
+    else:
+        decoder, made = fine_tune(options, store=store.url, snapshot=trained.snapshot, **shared)
+        place = store
     vae = load_vae(trained.vae.name)
-    generator.decoder = tuned_of(config, vae)
+    generator.decoder = load_decoder(place, decoder, vae)
+    snapshot, cache = load_snapshot(store, trained.snapshot), FileCache(folder / "snapshots")
+    batches = SnapshotPictures(store, snapshot, cache, trained.held_out, 32, seed=0).held_out(options.pictures or 512)
     rows, _ = measure(cases(vae, generator.decoder, generator), batches, trained.latent_noise)
-    write("decoder-flow-cpu", "Decoding noisy latents, beside a flow's score", about_of(batches, config, seconds), rows)
-    noisy, clean = (generator.sample_latents(PROMPTS, guidance=2.0, clean=clean) for clean in (False, True))
-    drawn = [generator.pictures(noisy), generator.pictures(clean), generator.pictures(noisy, noisy=True)]
-    names = ["own decoder", "the flow's score, own decoder", "fine-tuned decoder"]
-    sheet(drawn, names, IMAGES / "decoder-samples.png")
-    # The store is the user's: sampling from it goes on as before.
-    store.delete([decoder_key(config.name)])
-    store.delete([info.key for info in store.list(f"{PREFIX}{config.name}/")])
+    captions = [caption for batch in batches for caption in batch.captions][: options.samples]
+    drawn = dict(zip([row["decoded by"] for row in rows[1:]], draw(generator, [*PROMPTS, *captions]), strict=True))
+    for row in rows[1:]:
+        row["samples off the palette"] = f"{palette_distance(drawn[row['decoded by']]):.2f}"
+    about = about_of(batches, decoder, made) | {"samples": len(PROMPTS) + len(captions)}
+    write("decoder-flow-cpu", "Decoding noisy latents, beside a flow's score", about, rows)
+    sheet([pictures[: len(PROMPTS)] for pictures in drawn.values()], list(drawn), IMAGES / "decoder-samples.png")
+    if not options.decoder:  # the store is the user's: sampling from it goes on as before
+        store.delete([decoder_key(decoder.name)])
+        store.delete([info.key for info in store.list(f"{PREFIX}{decoder.name}/")])
 
 
-def tuned_of(config: DecoderConfig, vae: DiffusersVAE) -> DiffusersVAE:
-    store = open_store(config.store)
-    return load_decoder(store, finetune(config), vae)
+def draw(generator: Generator, prompts: Sequence[str]) -> list[list[Image.Image]]:
+    """The same samples by the VAE's own decoder, after the flow's score, and by the fine-tuned decoder."""
+    noisy, clean = (generator.sample_latents(prompts, guidance=2.0, clean=clean) for clean in (False, True))
+    return [generator.pictures(noisy), generator.pictures(clean), generator.pictures(noisy, noisy=True)]
 
 
 def main() -> None:
     """One of the two tables; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", help="STORE/RUN of a flow, to compare with its score and on its samples")
+    parser.add_argument("--decoder", help="STORE/NAME: with --checkpoint, measure this one instead of making one")
+    parser.add_argument("--samples", type=int, default=54, help="with --checkpoint, of held-out captions")
     parser.add_argument("--steps", type=int, default=1000, help="of fine-tuning")
     parser.add_argument("--adversarial-weight", type=float, default=0.0, help="of the discriminator, second half")
     parser.add_argument("--pictures", type=int, help="fewer pictures, to try it out")
