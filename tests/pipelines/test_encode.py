@@ -16,6 +16,7 @@ import ray
 import torch
 from PIL import Image
 
+from pipelines.actors import Resources
 from pipelines.encode import encode
 from pipelines.encode_plan import EncodeConfig, make_plan
 from pipelines.encode_shard import ShardEncoder
@@ -27,6 +28,7 @@ from starflow.objectstore import open_store
 from starflow.reader import SnapshotReader
 from starflow.snapshots import publish
 from starflow.takedowns import Takedowns
+from tests.pipelines.fake_crawl import Bench, fake_encode, png, url
 
 BROKEN = (5, 17)
 
@@ -209,6 +211,30 @@ def test_pictures_are_fetched_in_ranges():
     assert [[p.row for p in span] for span in spans([*far, *reversed(near)])] == [[0, 1, 2, 3, 4], [5], [6]]
     large = [Picture(row, "a", row * 2**24, 2**24) for row in range(5)]
     assert [len(span) for span in spans(large)] == [2, 2, 1]
+
+
+def test_the_settings_of_a_refresh_reach_the_actors(tmp_path, monkeypatch):
+    bench, plans, pools = Bench(tmp_path, monkeypatch), [], []
+
+    def spy(store, tables, config, work, on_progress):
+        plans.append(config)
+        with pytest.raises(KeyboardInterrupt):
+            encode(store, tables, config, "crawl/spy")
+        return fake_encode(store, tables, config, work, on_progress)
+
+    def no_pool(worker, resources, *arguments):
+        pools.append((worker, resources, arguments))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pipelines.encode.encode", spy)
+    monkeypatch.setattr("pipelines.encode.actor_pool", no_pool)
+    settings = {"actors": 3, "cpus_per_actor": 2, "gpus_per_actor": 0.5, "patch": 2, "vae_batch": 7, "image_size": 64}
+    bench.refresh(bench.write_list({url("a"): png(1)}), ray_address="auto", aspect_ratios=("1:1",), **settings)
+    ((worker, resources, arguments),) = pools
+    assert (worker, resources) == (ShardEncoder, Resources(3, 2, 0.5, "auto"))
+    assert arguments[1] == plans[0]
+    assert {name: getattr(plans[0], name) for name in settings} == settings
+    assert plans[0].aspect_ratios == ("1:1",)
 
 
 @pytest.mark.slow

@@ -1,6 +1,8 @@
 """The file cache: each file made once, bounded, evicted files stay readable to those who have them open."""
 
 import os
+import subprocess
+import sys
 import threading
 import time
 
@@ -64,6 +66,31 @@ def test_a_crash_leaves_nothing_readable_and_is_swept(tmp_path):
     with cache.open("name", lambda path: path.write_bytes(b"whole")) as file:
         assert file.read() == b"whole"
     assert not [path for path in tmp_path.iterdir() if "~" in path.name]
+
+
+def test_another_process_killed_while_making_a_file_is_no_obstacle(tmp_path):
+    code = (
+        "import sys, time; from pathlib import Path; from starflow.cache import FileCache\n"
+        "def make(path):\n"
+        "    path.write_bytes(b'half'); print('making', flush=True); time.sleep(600)\n"
+        f"FileCache(Path({str(tmp_path)!r})).open('name', make)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "making\n"
+        found = []
+
+        def wait_for_it():
+            with FileCache(tmp_path).open("name", lambda path: path.write_bytes(b"whole")) as file:
+                found.append(file.read())
+
+        waiting = threading.Thread(target=wait_for_it)
+        waiting.start()
+        waiting.join(0.2)
+        assert not found  # the other process is making it
+        child.kill()
+        waiting.join(30)
+    assert found == [b"whole"]
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):

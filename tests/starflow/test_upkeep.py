@@ -18,7 +18,7 @@ from starflow.parts import LayerPlan, part_from_arrays
 from starflow.reader import SnapshotReader
 from starflow.removal import take_down
 from starflow.snapshots import load_snapshot, publish
-from starflow.takedowns import Takedowns
+from starflow.takedowns import Takedowns, parse_entry
 from starflow.upkeep import collect_garbage, difference, verify
 
 VAE = VAEIdentity(name="test", sha256="0" * 64, scaling_factor=1.0, channels=2, downsampling=8)
@@ -86,6 +86,29 @@ def test_after_takedown_and_gc_no_bytes_are_left(store, tmp_path):
     part = next(part for part in removal.snapshot.parts if part.id not in (a.id, b.id))
     assert not zarr.open_group(f"{store.url}/parts/{part.id}", mode="r")["mean"][victim].any()
     assert part.count == 39
+
+
+@pytest.mark.parametrize(
+    ("entries", "gone"),
+    [
+        ([("url", "http://host1.example/secret-17")], [17]),
+        ([("host", "host1.example")], range(1, 40, 4)),
+        ([("id", name(6))], [6]),
+        ([parse_entry(line) for line in (name(3).upper(), "http://host1.example/secret-17", "host2.example")],
+         [3, 17, *range(2, 40, 4)]),
+    ],
+    ids=["url", "host", "id", "list"],
+)  # fmt: skip
+def test_no_kind_of_takedown_leaves_bytes(store, entries, gone):
+    part, mean, text = make_part(store, 0)
+    publish(store, parent=None, parts=[part], image_size=16)
+    traces = [trace for n in gone for trace in (mean[n].tobytes(), text[n].tobytes(), f"'{name(n)}'".encode())]
+    before = stored_bytes(store)
+    assert all(trace in before for trace in traces)
+    assert take_down(store, Takedowns(entries)).removed == len(gone)
+    collect_garbage(store)
+    after = stored_bytes(store)
+    assert not any(trace in after for trace in traces)
 
 
 def test_takedown_by_host_id_and_of_everything(store):
