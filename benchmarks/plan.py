@@ -61,9 +61,9 @@ def stored(store: Path) -> dict[str, Any]:
     """Objects and bytes by the first folder of their keys; originals are the crawl's tars."""
     objects, sizes = Counter[str](), Counter[str]()
     for each in open_store(str(store)).list(""):
-        kind = each.key.split("/")[0]
-        objects[kind] += 1
-        arrays = "/c/" in each.key
+        kind, arrays = each.key.split("/")[0], "/c/" in each.key
+        # What encoding and publishing write lies in three folders.
+        objects["crawl" if kind == "crawl" and "/encode/" not in each.key else "encode"] += 1
         sizes["originals" if each.key.endswith(".tar") else "latents" if arrays else kind] += each.size
     return {"objects": dict(objects), "bytes": dict(sizes)}
 
@@ -131,7 +131,7 @@ def measure(folder: Path, options: argparse.Namespace) -> tuple[list[dict[str, A
     rows.append(compare("a checkpoint", "bytes", plan.storage_bytes["checkpoints"], checkpoint))
     by_name = {stage.name: stage.puts for stage in plan.stages}
     rows.append(compare("objects of the crawl", "objects", by_name["crawl"], large["objects"]["crawl"]))
-    rows.append(compare("objects of the parts", "objects", by_name["encode"], large["objects"]["parts"]))
+    rows.append(compare("objects of encoding and publishing", "objects", by_name["encode"], large["objects"]["encode"]))
     return rows, rates
 
 
@@ -148,6 +148,7 @@ def plan_of(options: argparse.Namespace, images: int, start: float, **settings: 
         "downsampling": 2,
         "text_states": emoji.text_length * emoji.text_width,
         "caption_share": 0.0,
+        "ledger_partitions": 16,
         "checkpoints_kept": 1,
         "start_seconds": start,
         "crawl_rate": 1.0,

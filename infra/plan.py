@@ -14,11 +14,13 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from pipelines.encode_plan import PART_SHARDS
 from starflow.architecture import FlowConfig
 from starflow.config import Config
 from starflow.errors import ConfigError
 from starflow.flops import parameters, training_flops
-from starflow.parts import SHARD_BYTES
+from starflow.latents import layout
+from starflow.parts import CHUNK_BYTES, SHARD_BYTES
 from starflow.presets import get_preset
 from starflow.prices import Machine, Prices, load_prices
 from training.recipes import RECIPES
@@ -26,14 +28,16 @@ from training.recipes import RECIPES
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 #: Operations a pixel of encoding with the VAE of Stable Diffusion (34 M parameters), counted at 256 x 256.
 VAE_FLOPS_PER_PIXEL = 4.16e6
-#: Objects a crawl batch leaves: work list, fetched, captions, samples and drops tables, three records, its tar.
-BATCH_OBJECTS = 9
-#: Objects of a part beside its shards: Zarr metadata, index, samples, captions, members.
-PART_OBJECTS, PART_SHARDS = 8, 64
+#: Objects a crawl batch leaves beside its tar: work list, fetched, captions, samples, drops, three records.
+BATCH_OBJECTS, BATCH_TABLES = 8, 5
+#: Objects of a part beside its shards: group, two arrays, index, samples, captions, members, record; with text states.
+PART_OBJECTS, TEXT_OBJECTS, PART_TABLES = 8, 3, 4
+#: Objects of a refresh: plan, kept pictures, ledger; then encode plan, list of parts, snapshot.
+CRAWL_OBJECTS, PUBLISH_OBJECTS = 3, 3
 #: Objects above this go up in so large parts, each a request.
 MULTIPART_BYTES = 64 * 2**20
-#: Bytes of a sample in the tables of its part, and of a URL in the ledger and the batch tables.
-SAMPLE_TABLE_BYTES, URL_TABLE_BYTES = 200, 250
+#: Bytes of a sample in the tables of its part, of a URL in ledger and batch tables, of a table without rows.
+SAMPLE_TABLE_BYTES, URL_TABLE_BYTES, TABLE_BYTES = 200, 450, 5600
 #: Weights, average and optimizer are objects of each rank.
 CHECKPOINT_OBJECTS = 3
 #: A checkpoint holds float32 weights, their average and two moments.
@@ -58,6 +62,7 @@ class PlanConfig(Config):
     image_bytes: int = Field(150_000, gt=0, description="Mean size of a picture as fetched (assumed).")
     gateway: bool = Field(True, description="Fetches pass a NAT gateway, as with `starflow cluster render`.")
     batch_size: int = Field(10_000, gt=0, description="URLs of one crawl batch.")
+    ledger_partitions: int = Field(4096, gt=0, description="Of the ledger of URLs.")
     caption_share: float = Field(1.0, ge=0, le=1, description="Share of the pictures that a model captions.")
     caption_rate: float = Field(10.0, gt=0, description="Captions a second of one device (assumed).")
 
@@ -174,10 +179,13 @@ def latent_bytes(config: PlanConfig, flow: FlowConfig) -> int:
 def storage_bytes(config: PlanConfig, flow: FlowConfig) -> dict[str, int]:
     """What lies in the store at the end, by kind."""
     urls = ceil(config.images / config.url_yield)
+    chunk, shard = _layout(config, flow)
+    tables = ceil(urls / config.batch_size) * BATCH_TABLES + config.ledger_partitions
+    tables += ceil(config.images / (shard * PART_SHARDS)) * PART_TABLES
     return {
         "originals": config.images * config.image_bytes,
-        "latents": config.images * latent_bytes(config, flow),
-        "tables": config.images * SAMPLE_TABLE_BYTES + urls * URL_TABLE_BYTES,
+        "latents": ceil(config.images / chunk) * chunk * latent_bytes(config, flow),  # whole chunks
+        "tables": config.images * SAMPLE_TABLE_BYTES + urls * URL_TABLE_BYTES + tables * TABLE_BYTES,
         "checkpoints": config.checkpoints_kept * CHECKPOINT_BYTES_PER_PARAMETER * parameters(flow),
     }
 
@@ -217,7 +225,7 @@ def _crawl(config: PlanConfig, prices: Prices, results: Path) -> Stage:
     if rate.known == "measured":
         rate = rate.model_copy(update={"source": f"{rate.source}, from loopback: no network, no slow hosts"})
     machine = prices.machine(config.crawl_machine)
-    puts = batches * (BATCH_OBJECTS - 1 + uploads)
+    puts = batches * (BATCH_OBJECTS + uploads) + config.ledger_partitions + CRAWL_OBJECTS
     return stage("crawl", machine, config.crawl_machines, urls, rate, config.start_seconds, puts, 2 * puts)
 
 
@@ -238,7 +246,8 @@ def _encode(config: PlanConfig, flow: FlowConfig, prices: Prices, results: Path)
         file = results / "plan.json" if config.preset == "emoji" else None
         rate = _rate(config.encode_rate, "pictures", file, "encode_pictures_per_second", None)
     shards = shard_count(config, flow)
-    puts = shards * (_arrays(config) + 1) + ceil(shards / PART_SHARDS) * PART_OBJECTS
+    part_objects = PART_OBJECTS + (TEXT_OBJECTS if config.text_states else 0)
+    puts = shards * (_arrays(config) + 1) + ceil(shards / PART_SHARDS) * part_objects + PUBLISH_OBJECTS
     gets = config.images + 2 * shards  # a request a picture at most: neighbours come in one
     return stage("encode", machine, config.encode_machines, config.images, rate, config.start_seconds, puts, gets)
 
@@ -258,8 +267,13 @@ def _train(config: PlanConfig, flow: FlowConfig, seen: int, prices: Prices, resu
 
 def shard_count(config: PlanConfig, flow: FlowConfig) -> int:
     """Shards of the snapshot; each is an object of every array."""
+    return ceil(config.images / _layout(config, flow)[1])
+
+
+def _layout(config: PlanConfig, flow: FlowConfig) -> tuple[int, int]:
+    """Rows of a chunk and of a shard."""
     largest = max(2 * flow.channels * flow.grid[0] * flow.grid[1], 2 * config.text_states)
-    return ceil(config.images / max(1, SHARD_BYTES // largest))
+    return layout(config.images, largest, CHUNK_BYTES, SHARD_BYTES)
 
 
 def _upload_requests(size: float) -> int:

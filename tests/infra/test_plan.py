@@ -87,6 +87,20 @@ def test_stored_text_states_outweigh_the_latents() -> None:
     assert states == pytest.approx(plain + 700_000_000 * 512 * 1024)
 
 
+def test_objects_and_bytes_are_those_that_a_refresh_of_120_pictures_left() -> None:
+    """Counted in a store: 46 objects of the crawl in three batches, 46 of encoding and publishing, whole chunks."""
+    here = dict.fromkeys(("crawl_machine", "encode_machine", "train_machine"), "cpu")
+    rates = {"crawl_rate": 1.0, "encode_rate": 1.0, "train_tflops": 1.0}
+    config = PlanConfig(
+        preset="emoji", images=120, url_yield=1, batch_size=50, ledger_partitions=16, image_bytes=3000,
+        text_states=16 * 384, caption_share=0, **here, **rates,
+    )  # fmt: skip
+    plan = make_plan(config, results=NOWHERE)
+    assert [(stage.name, stage.puts) for stage in plan.stages[:2]] == [("crawl", 46), ("encode", 46)]
+    assert plan.storage_bytes["latents"] == pytest.approx(2_097_632, rel=1e-3)
+    assert plan.storage_bytes["tables"] == pytest.approx(250_925, rel=0.15)
+
+
 def test_prices_are_checked(tmp_path: Path) -> None:
     prices = load_prices()
     assert prices.machine("h100") == prices.machine("p5.48xlarge")
