@@ -15,21 +15,20 @@ import math
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from pydantic import Field
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from starflow import manifest
 from starflow.architecture import FlowConfig
 from starflow.config import Config
-from starflow.convert import write_safetensors
 from starflow.encoders import TextIdentity, VAEIdentity
 from starflow.errors import ConfigError, CorruptError, NotFoundError
 from starflow.manifest import ObjectRef
 from starflow.objectstore import ObjectStore
+
+if TYPE_CHECKING:  # listing checkpoints, and supervising, need no torch
+    from torch import Tensor
 
 KIND, VERSION = "checkpoint", 1
 
@@ -176,6 +175,8 @@ def read_weights(store: ObjectStore, checkpoint: Checkpoint, kind: Weights) -> d
 
 def iterate_weights(store: ObjectStore, checkpoint: Checkpoint, kind: Weights) -> Iterator[tuple[str, Tensor]]:
     """Whole float32 parameters, one in memory at a time: the checked shards lie in a temporary folder meanwhile."""
+    import torch
+
     with tempfile.TemporaryDirectory(prefix="starflow-") as folder:
         paths = [Path(folder) / f"{number}.safetensors" for number in range(len(checkpoint.shards))]
         for path, shard in zip(paths, checkpoint.shards, strict=True):
@@ -191,6 +192,8 @@ class FragmentReader:
     """Ranges of named parameters out of safetensors files whose tensors are called ``name@start``."""
 
     def __init__(self, paths: Iterable[Path]) -> None:
+        from safetensors import SafetensorError, safe_open
+
         self._files: list[Any] = []
         self._index: dict[str, list[tuple[int, Any, str]]] = {}
         for path in paths:
@@ -244,6 +247,10 @@ def export(store: ObjectStore, checkpoint: Checkpoint, folder: Path, ema: bool =
 
     `starflow.generate.Generator.open` and `starflow.convert.read_model` read the folder.
     """
+    import torch
+
+    from starflow.convert import write_safetensors
+
     folder.mkdir(parents=True, exist_ok=True)
     layout = {name: (torch.float32, torch.Size(shape)) for name, shape in checkpoint.parameters.items()}
     weights = iterate_weights(store, checkpoint, "ema" if ema else "weights")

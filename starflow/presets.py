@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from starflow.architecture import FlowConfig
 from starflow.errors import ConfigError
-from starflow.model import FlowConfig
 
 #: Latent grids follow from the VAE: downsampling 8 for the published sizes, 2 for the demo's emoji VAE.
 PRESETS: dict[str, FlowConfig] = {

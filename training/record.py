@@ -10,10 +10,9 @@ from starflow.errors import AlreadyExistsError, ConfigError
 from starflow.objectstore import ObjectStore
 from starflow.snapshots import load_snapshot
 from training.architecture import architecture, check_data
-from training.config import TrainConfig
+from training.config import RESUMABLE, TrainConfig
 from training.lease import Lease, LeaseHeldError
 from training.processes import identity
-from training.resume import check_same_config
 
 RUN_KIND, RUN_VERSION = "run", 1
 
@@ -80,3 +79,14 @@ def _start_anew(store: ObjectStore, config: TrainConfig) -> None:
         _record(store, checked)
     finally:
         lease.release()
+
+
+def check_same_config(config: TrainConfig, theirs: dict[str, object], whose: str) -> None:
+    """Raises ConfigError for keys that decide the result and differ from those of what is being resumed."""
+    mine = config.model_dump(mode="json")
+    for key in mine:
+        if key not in RESUMABLE and key in theirs and mine[key] != theirs[key]:
+            raise ConfigError(
+                f"{whose} was started with {key}={theirs[key]}, the configuration says {key}={mine[key]}; "
+                "resume with the first, or use another run name"
+            )

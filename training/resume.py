@@ -27,9 +27,10 @@ from starflow.checkpoints import (
 from starflow.errors import ConfigError, CorruptError, NotFoundError
 from starflow.objectstore import ObjectStore
 from training.checkpoint import random_states
-from training.config import RESUMABLE, TrainConfig
+from training.config import TrainConfig
 from training.ema import EMA
 from training.engine import MOMENTS, Engine, Fragment
+from training.record import check_same_config
 
 log = logging.getLogger(__name__)
 
@@ -82,17 +83,6 @@ def check_same_run(config: TrainConfig, engine: Engine, checkpoint: Checkpoint) 
                 "use the run's own configuration, or another run name"
             )
     check_same_config(config, checkpoint.config, f"run {config.run!r}")
-
-
-def check_same_config(config: TrainConfig, theirs: dict[str, object], whose: str) -> None:
-    """Raises ConfigError for keys that decide the result and differ from those of what is being resumed."""
-    mine = config.model_dump(mode="json")
-    for key in mine:
-        if key not in RESUMABLE and key in theirs and mine[key] != theirs[key]:
-            raise ConfigError(
-                f"{whose} was started with {key}={theirs[key]}, the configuration says {key}={mine[key]}; "
-                "resume with the first, or use another run name"
-            )
 
 
 def check_same_encoders(ours: TrainedInfo, theirs: TrainedInfo, whose: str) -> None:

@@ -9,6 +9,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import Any
 
 import starflow
@@ -116,15 +117,15 @@ class Roll:
 
 def versions() -> str:
     """What must be the same on all machines."""
-    import torch
-
-    return f"starflow {starflow.__version__}, torch {torch.__version__}"
+    return f"starflow {starflow.__version__}, torch {version('torch')}"
 
 
 def problem(place: Place) -> str:
     """Why this machine cannot take part, or nothing."""
+    if not place.gpus:
+        return ""
     import torch
 
-    if place.gpus and torch.cuda.device_count() < place.gpus:
+    if torch.cuda.device_count() < place.gpus:
         return f"has {torch.cuda.device_count()} GPUs, {place.gpus} are needed; check its driver, or launch with fewer"
     return ""

@@ -56,6 +56,7 @@ export STARFLOW_LAUNCH="$STARFLOW_LAUNCH.${{SLURM_RESTART_COUNT:-0}}"
 # Before the time limit and at a preemption: every supervisor saves and leaves with status {PREEMPTED_STATUS}.
 trap 'scancel --signal=TERM "$SLURM_JOB_ID"' USR1 TERM
 
+# shellcheck disable=SC2016 # each task's own variables
 srun --no-kill --kill-on-bad-exit=0 --wait=0 bash -c {shlex.quote(task.strip())} &
 steps=$!
 status=0

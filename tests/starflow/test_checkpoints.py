@@ -40,7 +40,9 @@ def test_an_unknown_checkpoint_names_what_there_is(tmp_path: Path) -> None:
 EXPORT = """
 import sys, threading, time
 from pathlib import Path
+import torch  # what writes the file counts, not its libraries
 from starflow.checkpoints import export, load_manifest
+from starflow.convert import write_safetensors
 from starflow.objectstore import open_store
 
 def anonymous():
