@@ -24,10 +24,10 @@ def command(config, tmp_path, environment=None, name=None):
     return subprocess.Popen([sys.executable, "-m", "starflow.cli", "train", "--config", str(file)], env=environment)
 
 
-def train(config, tmp_path):
+def train(config, tmp_path, seconds=200):
     process = command(config, tmp_path)
     try:
-        return process.wait(timeout=200)
+        return process.wait(timeout=seconds)
     finally:
         process.kill()
 

@@ -87,7 +87,7 @@ def test_thirty_random_moments(make_config, store, tmp_path):
     choose = random.Random(5)
     calm = make_config(run="calm", steps=STEPS, checkpoint_every=10, keep_newest=STEPS, max_restarts=99)
     killed = calm.model_copy(update={"run": "killed"})
-    assert train(calm, tmp_path) == 0
+    assert train(calm, tmp_path, 900) == 0
     run = Guarded(killed, store, tmp_path)
     done = []
     for number in range(MOMENTS):
@@ -126,7 +126,7 @@ def test_each_phase_of_a_save(make_config, s3_url, monkeypatch, tmp_path):
         publish_samples(store)
         values = {"store": s3_url, "steps": STEPS, "checkpoint_every": 5, "max_restarts": 99, "keep_newest": 2}
         calm = make_config(run="calm", **values)
-        assert train(calm, tmp_path) == 0
+        assert train(calm, tmp_path, 900) == 0
         run = Guarded(calm.model_copy(update={"run": "killed"}), store, tmp_path)
         for phase, (mode, only) in PHASES.items():
             for kind in KINDS:

@@ -18,7 +18,7 @@ from tests.training.small_snapshot import TEXT, VAE
 from training.architecture import architecture
 from training.checkpoint import Saver
 from training.ema import EMA
-from training.engine import Engine
+from training.engine import Engine, parameter_groups
 from training.lease import Lease
 from training.resume import resume
 
@@ -88,21 +88,21 @@ def run(config, folder, resumed, steps):
     ]
 
 
-def check(make_config, store, tmp_path, layouts):
-    """Through each (ranks, stage) in turn, two steps each; against one undisturbed rank."""
+def check(make_config, store, tmp_path, layouts, steps=2):
+    """Through each (ranks, stage) in turn, `steps` each; against one undisturbed rank."""
     Lease(store, "test", "tester:1:1", seconds=900).acquire()
     Lease(store, "calm", "tester:1:1", seconds=900).acquire()
     base = {"global_batch_size": 12, "keep_newest": 9}
-    _, calm = run(make_config(run="calm", ranks=1, **base), tmp_path / "calm", False, 2 * len(layouts))
+    _, calm = run(make_config(run="calm", ranks=1, **base), tmp_path / "calm", False, steps * len(layouts))
     losses, before = [], None
     for number, (ranks, stage) in enumerate(layouts):
         config = make_config(ranks=ranks, zero_stage=stage, **base)
-        state, found = run(config, tmp_path / str(number), number > 0, 2)
+        state, found = run(config, tmp_path / str(number), number > 0, steps)
         assert all(bool((value == 1).all()) for key, value in state.items() if key.startswith("owners/"))
         if before is not None:
             with_moments = {k: v for k, v in state.items() if not k.startswith("owners/")}
             for key, value in with_moments.items():
-                assert torch.equal(value, stored(store, 2 * number, key)), key
+                assert torch.equal(value, stored(store, steps * number, key)), key
         losses.append(found)
         before = state
     torch.testing.assert_close(torch.cat(losses), calm, rtol=1e-5, atol=1e-6)
@@ -132,3 +132,18 @@ def test_two_ranks_become_one_on_another_stage(make_config, store, tmp_path):
 @pytest.mark.slow
 def test_every_stage_and_two_to_three_to_one(make_config, store, tmp_path):
     check(make_config, store, tmp_path, [(2, 1), (2, 3), (3, 2), (3, 3), (1, 0), (2, 0), (2, 2), (1, 1)])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_to_one_to_two_to_three_over_ten_steps_each(make_config, store, tmp_path):
+    check(make_config, store, tmp_path, [(2, 2), (1, 2), (2, 2), (3, 2)], steps=10)
+
+
+def test_parameters_are_the_whole_state(make_config):
+    """Checkpoints hold parameters; a buffer that is part of the state would be lost. Two groups, none empty."""
+    flow = STARFlow(architecture(make_config()))
+    assert set(flow.state_dict()) == {name for name, _ in flow.named_parameters()}
+    groups = parameter_groups(flow, 0.1)
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
+    assert all(group["params"] for group in groups)

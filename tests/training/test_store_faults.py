@@ -171,7 +171,7 @@ def test_a_slow_store_delays_the_next_save_only(saved, store, proxy, metrics, ma
 def test_a_run_through_every_fault_ends_like_an_undisturbed_one(make_config, store, proxy, tmp_path):
     values = {"steps": 1500, "checkpoint_every": 20, "keep_newest": 4, "save_timeout": 5.0, "max_failed_saves": 99}
     calm, stormy = (make_config(run=run, hang_timeout=120.0, **values) for run in ("calm", "stormy"))
-    assert train(calm, tmp_path) == 0
+    assert train(calm, tmp_path, 900) == 0
     process = command(stormy, tmp_path)
     proxy.only, proxy.rate = "/shards/|/checkpoints/", 50_000.0
     for mode in ("down", "hang", "lost", "507", "503", "flip", "slow"):
