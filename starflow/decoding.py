@@ -284,6 +284,7 @@ class StoppingRule:
         return released
 
 
+@torch.no_grad()
 def invert(
     model: STARFlow,
     z: Tensor,
@@ -293,7 +294,7 @@ def invert(
     jacobi: Jacobi | None = None,
     progress: Progress = lambda tokens: None,
 ) -> InverseOutput:
-    """Noise z (B, C, H, W) -> data and log |dx/dz|; arguments as in `starflow.sampling.sample`."""
+    """Noise z (B, C, H, W) -> data and log |dx/dz|, without gradients; arguments as in `starflow.sampling.sample`."""
     grid, text = model.check(z, text)
     if guidance:
         _, null_text = model.check(z, null_text)

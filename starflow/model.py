@@ -285,7 +285,7 @@ class STARFlow(nn.Module):
     def inverse(self, z: Tensor, text: Tensor | None = None) -> InverseOutput:
         """Noise -> data, exact and token by token: the inverse of `forward` and its log-determinants.
 
-        Shapes and errors as in `forward`. Guidance, Jacobi decoding and progress are in `starflow.sampling`.
+        Shapes and errors as in `forward`; no gradients. For guidance, Jacobi decoding, progress: `starflow.sampling`.
         """
         from starflow.decoding import invert  # the cached decoder builds on the classes above
 
