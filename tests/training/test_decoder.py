@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import signal
 import subprocess
@@ -12,14 +11,11 @@ import time
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from infra.demo.emoji import write_pictures
-from pipelines.batches import SAMPLES, FilterRecord, commit_record
-from pipelines.plan import Batch
 from starflow import manifest
 from starflow.cache import FileCache
 from starflow.cli import app
@@ -30,6 +26,7 @@ from starflow.images import decode_image, fit
 from starflow.objectstore import open_store
 from starflow.parts import part_from_arrays
 from starflow.snapshots import publish
+from tests.starflow.fetched import write_batch
 from training.decoder import DecoderConfig, finetune
 from training.decoder_pictures import SnapshotPictures, encode_pictures
 from training.decoder_state import list_progress
@@ -230,24 +227,8 @@ def snapshot(pictures, tmp_path_factory):
         latents = encode_pictures(vae, torch.from_numpy(pixels).permute(0, 3, 1, 2), "cpu")
         table = pa.table({"id": ids[rows], "url": [f"http://x/{id}" for id in ids[rows]]})
         parts.append(part_from_arrays(store, vae.identity, latents.mean.numpy(), latents.std.numpy(), table))
-    write_originals(store, data[1:], ids[1:])
+    write_batch(store, "0", dict(zip(ids[1:], data[1:], strict=True)))
     return store, publish(store, parent=None, parts=parts, image_size=16, attribution="by OpenMoji")
-
-
-def write_originals(store, data, ids):
-    """As a refresh leaves them: one tar of bytes, a table that points into it, the record of the batch."""
-    store.write("crawl/images.tar", b"".join(data))
-    places, offset = [], 0
-    for picture in data:
-        places.append({"key": "crawl/images.tar", "offset": offset, "size": len(picture)})
-        offset += len(picture)
-    rows = [{"id": id, "image": place} for id, place in zip(ids, places, strict=True)]
-    sink = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows, schema=SAMPLES), sink)
-    samples = manifest.put(store, "crawl/refreshes/000001/batches/0/samples.parquet", sink.getvalue())
-    batch = Batch(folder="crawl/refreshes/000001/batches/0/", rows=samples, count=len(rows))
-    record = FilterRecord(samples=samples, dropped=samples, takedowns=None, count=len(rows), reasons={}, examples={})
-    commit_record(store, batch, record)
 
 
 def test_a_snapshots_latents_meet_their_original_pictures(snapshot, tmp_path):
