@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import http.server
 import json
-import threading
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 from prefect.utilities.callables import parameter_schema
 
 from infra.prefect_client import PrefectAPI, run_refresh_deployment
@@ -27,6 +20,7 @@ from starflow.encoders import VAEIdentity
 from starflow.errors import StarflowError
 from starflow.objectstore import open_store
 from starflow.snapshots import Counts, Snapshot
+from tests.infra.small_work import serve_pictures
 
 FORM = Path(__file__).with_name("refresh_form.json")
 
@@ -36,28 +30,11 @@ def form(flow: Any = refresh) -> dict[str, Any]:
     return parameter_schema(flow).model_dump_for_openapi()
 
 
-class _Quiet(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *arguments: object) -> None:
-        """The test's own output stays readable."""
-
-
 @pytest.fixture
 def web(tmp_path: Path) -> Iterator[Path]:
     """A URL list of eight noisy pictures on loopback, and one that is missing."""
-    rng = np.random.default_rng(0)
-    (tmp_path / "web").mkdir()
-    for number in range(8):
-        pixels = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
-        Image.fromarray(pixels).resize((32, 32), Image.Resampling.NEAREST).save(tmp_path / "web" / f"{number}.png")
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=str(tmp_path / "web")))
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    urls = [f"http://127.0.0.1:{server.server_port}/{number}.png" for number in range(9)]
-    pq.write_table(pa.table({"url": urls, "caption": [f"tiles {n}" for n in range(9)]}), tmp_path / "urls.parquet")
-    yield tmp_path / "urls.parquet"
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serve_pictures(tmp_path, 8) as urls:
+        yield urls
 
 
 def test_form_is_flat_and_explains_every_field() -> None:

@@ -1,0 +1,68 @@
+"""Retention over a store: which settings hold for which run, and that a dry run deletes nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from infra import cleanup
+from infra.cleanup import CleanupConfig, clean_runs, clean_snapshots
+from starflow import manifest
+from starflow.objectstore import ObjectStore, open_store
+from starflow.parts import part_from_arrays
+from starflow.snapshots import load_snapshot, publish, snapshot_numbers
+from tests.training.small_snapshot import VAE, publish_samples
+from training.record import RUN_KIND, RUN_VERSION, run_key
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ObjectStore:
+    """Two snapshots and two runs."""
+    store = open_store(str(tmp_path / "store"))
+    first = publish_samples(store, count=8)
+    table = pa.table({"id": [f"{row:064x}" for row in range(2)], "url": ["", ""]})
+    latents = np.ones((2, 4, 8, 8), np.float16)
+    more = part_from_arrays(store, VAE, latents, latents, table, [])
+    publish(store, parent=first, parts=[*first.parts, more], image_size=16)
+    for run, newest in (("a", 2), ("b", 5)):
+        config = {"config": {"keep_newest": newest, "keep_every": None}}
+        manifest.commit(store, run_key(run), RUN_KIND, RUN_VERSION, config)
+    return store
+
+
+@pytest.fixture
+def pruned(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What `prune` is asked for; run a loses step 3."""
+    asked: list[Any] = []
+
+    def prune(store: ObjectStore, run: str, newest: int, every: int | None, dry_run: bool) -> list[int]:
+        asked.append((run, newest, every, dry_run))
+        return [3] if run == "a" else []
+
+    monkeypatch.setattr(cleanup, "prune", prune)
+    return asked
+
+
+def test_old_snapshots_go_but_not_in_a_dry_run(store: ObjectStore) -> None:
+    assert snapshot_numbers(store) == [1, 2]
+    asked = CleanupConfig(store=store.url, keep_snapshots=1, dry_run=True)
+    assert clean_snapshots(store, asked)["snapshots"] == 1
+    assert snapshot_numbers(store) == [1, 2]
+    done = clean_snapshots(store, asked.model_copy(update={"dry_run": False}))
+    assert (done["snapshots"], done["scrubbed"]) == (1, 0)
+    assert snapshot_numbers(store) == [2]
+    assert load_snapshot(store).counts.total == 10
+
+
+def test_each_run_keeps_what_its_own_settings_say(store: ObjectStore, pruned: list[Any]) -> None:
+    assert clean_runs(store, CleanupConfig(store=store.url)) == {"a": [3]}
+    assert pruned == [("a", 2, None, False), ("b", 5, None, False)]
+
+
+def test_the_form_may_say_otherwise(store: ObjectStore, pruned: list[Any]) -> None:
+    clean_runs(store, CleanupConfig(store=store.url, keep_checkpoints=1, dry_run=True))
+    assert pruned == [("a", 1, None, True), ("b", 1, None, True)]
