@@ -1,6 +1,6 @@
 """The three daily jobs by clicking: schedule refreshes, watch a snapshot start a training, stop it and resume it.
 
-`python tests/infra/test_browser.py` does the same on a stack of its own and rewrites docs/images/ui-*.png.
+`python -m tests.infra.test_browser` does the same on a stack of its own and rewrites docs/images/ui-*.png.
 """
 
 from __future__ import annotations

@@ -20,7 +20,6 @@ from starflow.encoders import VAEIdentity
 from starflow.errors import StarflowError
 from starflow.objectstore import open_store
 from starflow.snapshots import Counts, Snapshot
-from tests.infra.small_work import serve_pictures
 
 FORM = Path(__file__).with_name("refresh_form.json")
 
@@ -33,6 +32,8 @@ def form(flow: Any = refresh) -> dict[str, Any]:
 @pytest.fixture
 def web(tmp_path: Path) -> Iterator[Path]:
     """A URL list of eight noisy pictures on loopback, and one that is missing."""
+    from tests.infra.small_work import serve_pictures  # not found when this file runs as a script
+
     with serve_pictures(tmp_path, 8) as urls:
         yield urls
 
