@@ -1,16 +1,18 @@
 """Samples per second of the latent loader, next to WebDataset and MosaicML streaming on the same data.
 
-    python benchmarks/loader.py --samples 40000 [--store s3://BUCKET/PREFIX] > loader.md
+    python benchmarks/loader.py                                     # under four minutes on 2 cores
+    python benchmarks/loader.py --store s3://BUCKET/PREFIX          # an S3 store of your own, which must be empty
 
-Each sample is a posterior mean and standard deviation (4 x 32 x 40 float16 each, 20 KB) and a caption. All
-readers yield batches of 256 as arrays, shuffled as each does it, from a warm page cache. With --store (endpoint and
-credentials from the AWS environment) also from S3 with a cold cache on disk. Last, a snapshot of 100,000 shards is
-opened. Rows of readers that are not installed are left out.
+Each sample is a posterior mean and standard deviation (4 x 32 x 40 float16 each, 20 KB) and a caption. All readers
+yield batches of 256 as arrays, shuffled as each does it, from a warm page cache; ours also from a local S3 server
+with a cold and a warm cache on disk. Then a snapshot of 100,000 shards, and one of 300 small parts, are opened, and
+the quality of shuffling is measured. Rows of readers that are not installed are left out.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import importlib.util
 import multiprocessing
 import os
@@ -19,11 +21,14 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+from train_step import cell, machine, write
 
+from infra.stack import LocalStack
 from starflow import manifest
 from starflow.encoders import VAEIdentity
 from starflow.objectstore import ObjectStore, open_store
@@ -35,6 +40,9 @@ from training.loader import Loader
 from training.order import BatchOrder
 
 SHAPE, BATCH = (4, 32, 40), 256
+SAMPLE_BYTES = 2 * 2 * int(np.prod(SHAPE))
+#: (block, window) with a cold cache: whole shards, a few at a time.
+COLD_ORDER = (2048, 4)
 VAE = VAEIdentity(name="random", sha256="0" * 64, scaling_factor=1.0, channels=4, downsampling=8)
 
 
@@ -63,13 +71,15 @@ def rate(batches: Iterator[int], total: int) -> float:
     return (seen - first) / (time.perf_counter() - started)
 
 
-def ours(store_url: str, cache: Path, total: int, block: int, window: int) -> float:
-    """The training loader: shuffled order, caption drawing, prefetch thread."""
+def ours(store_url: str, cache: Path, total: int, block: int, window: int, cold: bool = False) -> float:
+    """The training loader: shuffled order, caption drawing, prefetch thread. `cold` counts from opening on."""
+    started = time.perf_counter()
     store = open_store(store_url)
     reader = SnapshotReader(store, load_snapshot(store), cache)
     order = BatchOrder(reader.counts, seed=0, global_batch_size=BATCH, block=block, window=window)
     with Loader(reader, order, 0, 1, stop=total // BATCH) as loader:
-        return rate((len(batch.mean) for _, batch in loader), total)
+        sizes = (len(batch.mean) for _, batch in loader)
+        return sum(sizes) / (time.perf_counter() - started) if cold else rate(sizes, total)
 
 
 def webdataset(folder: Path, workers: int, total: int) -> float:
@@ -141,6 +151,23 @@ def many_shards(folder: Path, shards: int = 100_000, parts: int = 400) -> tuple[
     return in_process(_open, str(folder))
 
 
+def many_parts(folder: Path, parts: int = 300, each: int = 64) -> tuple[float, float]:
+    """Seconds to open a snapshot of many nights' small parts, and samples per second out of it."""
+    store, random = open_store(str(folder)), np.random.default_rng(0)
+    published = []
+    for number in range(parts):
+        mean = random.standard_normal((each, *SHAPE), np.float32).astype(np.float16)
+        names = [f"{number}-{row}" for row in range(each)]
+        samples = pa.table({"id": [f"{number * each + row:064x}" for row in range(each)], "url": names})
+        layer = LayerPlan(origin="alt-text", version="1")
+        published.append(part_from_arrays(store, VAE, mean, mean, samples, [(layer, names)]))
+    publish(store, parent=None, parts=published, image_size=256)
+    seconds, _ = in_process(_open, str(folder))
+    total = parts * each
+    in_process(ours, str(folder), folder / "cache", total, 256, 64)  # captions are made ready for mapping once
+    return seconds, in_process(ours, str(folder), folder / "cache", 2 * total, 256, 64)
+
+
 def _fake_shard(part: str, shard: int, candidates: tuple[tuple[int, int], ...]) -> ShardRef:
     objects = {
         name: manifest.ObjectRef(key=shard_key(part, name, shard, 4), size=2**25, sha256="ab" * 32)
@@ -164,44 +191,80 @@ def in_process(function: Callable[..., object], *arguments: object) -> object:
         return pool.submit(function, *arguments).result()
 
 
+def shuffling(block: int, window: int, count: int = 500_000) -> dict[str, object]:
+    """How well one epoch of the order shuffles `count` samples, and that it visits each once."""
+    grid = (32, 40)
+    order = BatchOrder({grid: count}, seed=0, global_batch_size=BATCH, block=block, window=window)
+    stream = order.positions(grid, 0, count)
+    once = np.bincount(stream, minlength=count) == 1
+    batches = stream[: count // BATCH * BATCH].reshape(-1, BATCH)
+    spread = np.mean([len(np.unique(batch // block)) for batch in batches[::16]])
+    return {
+        "order": f"blocks of {block}, window {window}",
+        "neighbour correlation": float(np.corrcoef(stream[:-1], stream[1:])[0, 1]),
+        "seen exactly once, %": 100 * float(once.mean()),
+        f"blocks in a batch of {BATCH}": float(spread),
+    }
+
+
+@contextmanager
+def s3_store(folder: Path, url: str | None) -> Iterator[str]:
+    """The S3 store to measure from: `url`, or one on a local stack that runs for as long."""
+    if url:
+        yield url
+        return
+    with LocalStack(folder) as stack:
+        os.environ.update(stack.state.env)
+        yield f"{stack.state.store}/loader"
+
+
+def rates(folder: Path, data: tuple[np.ndarray, np.ndarray, list[str]], store: str | None) -> list[dict[str, object]]:
+    """A row a reader."""
+    count, found = len(data[0]), []
+    write_snapshot(open_store(str(folder / "ours")), *data)
+    local = (str(folder / "ours"), folder / "cache", 4 * count)
+    found.append(("STARFlow, blocks of 256", in_process(ours, *local, 256, 64)))
+    found.append(("STARFlow, every sample at random", in_process(ours, *local, 1, 2**30)))
+    with s3_store(folder / "stack", store) as url:
+        write_snapshot(open_store(url), *data)
+        remote = (url, folder / "s3-cache", count, *COLD_ORDER)
+        found.append(("STARFlow, S3, cold cache, opening included", in_process(ours, *remote, True)))
+        found.append(("STARFlow, S3, warm cache", in_process(ours, *remote)))
+    for name, write_samples, read in (
+        ("webdataset", write_webdataset, webdataset),
+        ("streaming", write_mosaic, mosaic),
+    ):
+        if importlib.util.find_spec(name) is None:
+            continue
+        (folder / name).mkdir()
+        write_samples(folder / name, *data)
+        version = importlib.metadata.version({"streaming": "mosaicml-streaming"}.get(name, name))
+        found += [
+            (f"{name} {version}, {n} workers", in_process(read, folder / name, n, min(count, 20_000)))
+            for n in (0, 1, 2)
+        ]
+    return [{"reader": name, "samples/s": f"{value:,.0f}"} for name, value in found]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=40_000)
-    parser.add_argument("--store", help="also measure from this S3 store, which must be empty")
+    parser.add_argument("--store", help="an empty S3 store, instead of a local one started for this")
     arguments = parser.parse_args()
-    count = arguments.samples
-    data = make_samples(count)
-    folder = Path(tempfile.mkdtemp(prefix="starflow-loader-"))
-    rows: list[tuple[str, float]] = []
+    about = machine("cpu") | {"cores": os.cpu_count(), "samples": f"{arguments.samples:,} of {SAMPLE_BYTES:,} bytes"}
+    folder = Path(tempfile.mkdtemp(prefix="sfl-"))
     try:
-        write_snapshot(open_store(str(folder / "ours")), *data)
-        local = (str(folder / "ours"), folder / "cache", 4 * count)
-        rows.append(("STARFlow, blocks of 256", in_process(ours, *local, 256, 64)))
-        rows.append(("STARFlow, every sample at random", in_process(ours, *local, 1, 2**30)))
-        if arguments.store:
-            write_snapshot(open_store(arguments.store), *data)
-            cold = in_process(ours, arguments.store, folder / "s3-cache", count, 2048, 4)
-            rows.append(("STARFlow, S3, cold cache", cold))
-        for name, write, read in (
-            ("webdataset", write_webdataset, webdataset),
-            ("streaming", write_mosaic, mosaic),
-        ):
-            if importlib.util.find_spec(name) is None:
-                continue
-            (folder / name).mkdir()
-            write(folder / name, *data)
-            rows += [
-                (f"{name}, {n} workers", in_process(read, folder / name, n, min(count, 20_000))) for n in (0, 1, 2)
-            ]
+        rows = rates(folder, make_samples(arguments.samples), arguments.store)
         seconds, megabytes = many_shards(folder / "many")
+        parts_seconds, parts_rate = many_parts(folder / "parts")
     finally:
         shutil.rmtree(folder)
-    size = 2 * 2 * int(np.prod(SHAPE))
-    print(f"{count:,} samples of {size:,} bytes, batches of {BATCH}; {os.cpu_count()} cores, ", end="")
-    print(f"load average {os.getloadavg()[0]:.1f}.\n\n| reader | samples/s |\n|---|---:|")
-    for name, value in rows:
-        print(f"| {name} | {value:,.0f} |")
-    print(f"\nA snapshot of 100,000 shards (410 million samples) opens in {seconds:.2f} s, {megabytes:.0f} MB.")
+    about["100,000 shards (410 million samples)"] = f"open in {seconds:.2f} s, {megabytes:.0f} MB at most"
+    about["300 parts of 64 samples"] = f"open in {parts_seconds:.2f} s, then {parts_rate:,.0f} samples/s"
+    for order in (shuffling(256, 64), shuffling(*COLD_ORDER)):
+        about[f"shuffling, {order.pop('order')}"] = ", ".join(f"{key} {cell(value)}" for key, value in order.items())
+    about["load at the end"] = f"{os.getloadavg()[0]:.2f}"
+    write("loader", "Loader: memory-mapped Zarr shards, beside WebDataset and MosaicML streaming", about, rows)
 
 
 if __name__ == "__main__":
