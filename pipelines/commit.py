@@ -101,6 +101,8 @@ def finish_published(state: RefreshState) -> None:
     snapshot = state.find_published() if state.plans else None
     if snapshot is None:
         return
+    # What another process has planned since is not in this snapshot; it is asked for anew.
+    state.plans = state.plans[: int(snapshot.versions["plans"])]
     files, kept, dropped = _write_ledger(state, state.left())
     state.ledger.commit(snapshot.id, files, kept)
     state.open()
@@ -145,6 +147,7 @@ def _publish_on(state: RefreshState, parent: Snapshot | None, parts: list[Part],
             "captioner": captioner,
             "filters": FILTERS_VERSION,
             "refresh": state.name,
+            "plans": str(len(state.plans)),
         },
         attribution=config.attribution or (parent.attribution if parent else None),
     )
@@ -154,7 +157,7 @@ def _write_ledger(
     state: RefreshState, left: pa.Table
 ) -> tuple[dict[int, tuple[ObjectRef, ...]], tuple[ObjectRef, ...], Counter[str]]:
     """(new files of each touched partition, files of kept pictures, URLs that gave no sample by reason)."""
-    spill = Spill(state.work / "learned", state.ledger.partitions)
+    spill = Spill(state.work / f"learned-{state.name}", state.ledger.partitions)
     for batch in state.batches:
         spill.add(_learned(state, batch))
     files: dict[int, tuple[ObjectRef, ...]] = {}

@@ -24,7 +24,7 @@ from pipelines.sources import list_files, read_rows
 from pipelines.urls import host_of, url_key
 from starflow import manifest
 from starflow.config import Config
-from starflow.errors import ConfigError
+from starflow.errors import AlreadyExistsError, ConfigError
 from starflow.manifest import ObjectRef
 from starflow.objectstore import ObjectStore
 
@@ -95,7 +95,13 @@ class Workspace:
     def commit(self, plan: Plan) -> None:
         """Commits a plan. Raises AlreadyExistsError when another process plans the same refresh."""
         key = f"{self.prefix}plans/{plan.number:03d}.json"
-        manifest.commit(self.store, key, KIND, VERSION, plan.model_dump(mode="json"))
+        try:
+            manifest.commit(self.store, key, KIND, VERSION, plan.model_dump(mode="json"))
+        except AlreadyExistsError as error:
+            raise AlreadyExistsError(
+                f"another refresh of {self.store.url} is at work and has planned meanwhile; run the same command again "
+                "when it has ended"
+            ) from error
 
     def delete(self) -> None:
         """Forgets the refresh, manifests first."""
@@ -257,7 +263,7 @@ def _check_contact(config: RefreshConfig, rows: pa.Table) -> None:
     }
     for url in rows["url"].to_pylist():
         host = host_of(url)
-        if host and host not in own:
+        if host and host not in own and url.lower().startswith(("http://", "https://")):
             raise ConfigError(
                 f"contact is missing, and {host} is not one of allow_host; set contact=you@example.org, so that "
                 "site owners can reach you"

@@ -22,12 +22,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines import batches
-from pipelines.captioners import AltText, CaptionConfig
+from pipelines.captioners import AltText, CaptionConfig, load_captioner
 from pipelines.commit import finish_published, publish_snapshot
 from pipelines.config import RefreshConfig
 from pipelines.crawl import FULL
 from pipelines.duplicates import find_duplicates
-from pipelines.filters import apply_filters, build_filters
+from pipelines.filters import apply_filters, build_filters, load_score
 from pipelines.plan import Batch, Plan, plan_list
 from pipelines.state import OnEvent, RefreshState
 from starflow.config import Config
@@ -62,7 +62,6 @@ def plan(state: RefreshState) -> Counts:
     """Finds the URLs of the list that are new or due, after ending a refresh that was killed at its very end."""
     finish_published(state)
     _check_settings(state)
-    build_filters(state.config)  # so that a setting they cannot use is said before the crawl
     plan = plan_list(
         state.config,
         state.ledger,
@@ -80,11 +79,17 @@ def plan(state: RefreshState) -> Counts:
 
 
 def _check_settings(state: RefreshState) -> None:
-    """Raises ConfigError when the parent's latents are of another size or VAE: a snapshot holds one kind only.
+    """Says before the crawl what later stages could not use.
 
-    The VAE is compared by name, without loading it; publishing compares its weights.
+    Raises ConfigError when the parent's latents are of another size or VAE: a snapshot holds one kind only. The VAE is
+    compared by name, without loading it; publishing compares its weights.
     """
     parent, config = state.parent, state.config
+    build_filters(config)
+    if config.score is not None:
+        load_score(config.score)
+    if (captions := _caption_config(config)).is_endpoint:
+        load_captioner(captions)
     if parent is None:
         return
     needed = [
@@ -185,8 +190,11 @@ def _captioning(state: RefreshState) -> AbstractContextManager[Any]:
     """The configured captioner at work, on Ray if it is a model."""
     from pipelines.captioning import captioning
 
-    settings = {name: getattr(state.config, name) for name in CaptionConfig.model_fields}
-    return captioning(state.store, CaptionConfig(**settings))
+    return captioning(state.store, _caption_config(state.config))
+
+
+def _caption_config(config: RefreshConfig) -> CaptionConfig:
+    return CaptionConfig(**{name: getattr(config, name) for name in CaptionConfig.model_fields})
 
 
 def filter_(state: RefreshState) -> Counts:

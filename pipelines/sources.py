@@ -146,7 +146,7 @@ def _records(file: str, path: Path, kind: str, columns: Columns) -> Iterator[pa.
         if kind in ("csv", "tsv"):
             records = _csv_records(file, text, "\t" if kind == "tsv" else ",")
         else:
-            records = (_json_object(line) for line in text if line.strip())
+            records = (_json_object(number, line) for number, line in enumerate(text, 1) if line.strip())
         checked = False
         while chunk := list(islice(records, _BATCH_ROWS)):
             if not checked:
@@ -182,10 +182,13 @@ def _open_text(path: Path) -> io.TextIOWrapper:
     return path.open(encoding="utf-8-sig", newline="")
 
 
-def _json_object(line: str) -> dict[str, Any]:
-    record = json.loads(line)
+def _json_object(number: int, line: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"line {number} is no JSON: {line[:40]!r}") from error
     if not isinstance(record, dict):
-        raise ValueError(f"a line holds no object: {line[:40]!r}")
+        raise ValueError(f"line {number} holds no object: {line[:40]!r}")
     return record
 
 

@@ -84,5 +84,7 @@ def _explain(model: type[BaseModel], error: ValidationError) -> list[str]:
             lines.append(f"{name} is missing; set it in the file or as {name}=VALUE")
         else:
             message = item["msg"].removeprefix("Value error, ")
+            if item["type"] == "tuple_type":
+                message = f"a list is needed; write {name}=[{item['input']}]"
             lines.append(f"{name} = {item['input']!r}: {message}" if name else message)
     return lines

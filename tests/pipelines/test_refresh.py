@@ -14,8 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.encode_plan import EncodeConfig
-from pipelines.ledger import Ledger
+from pipelines.ledger import Ledger, get_table
+from pipelines.plan import Workspace
 from pipelines.refresh import RefreshResult
+from pipelines.urls import url_key
 from starflow import manifest
 from starflow.errors import AlreadyExistsError, ConfigError, StarflowError
 from starflow.manifest import ObjectRef
@@ -61,7 +63,7 @@ def test_every_url_is_a_sample_or_a_counted_drop(bench: Bench) -> None:
     snapshot = load_snapshot(open_store(str(bench.store)))
     assert snapshot.id == result.snapshot
     assert snapshot.dropped == result.dropped
-    assert snapshot.versions == {"captioner": "alt-text 1", "filters": "2", "refresh": "1"}
+    assert snapshot.versions == {"captioner": "alt-text 1", "filters": "2", "refresh": "1", "plans": "2"}
 
 
 def test_an_unchanged_list_costs_no_request_and_no_snapshot(bench: Bench) -> None:
@@ -301,6 +303,22 @@ def test_other_latents_than_the_parents_are_refused_before_any_request(bench: Be
     assert bench.refresh(listed).added == 1
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"score": "nowhere:f"}, "score 'nowhere:f' cannot be imported"),
+        ({"languages": ("english",)}, "'english' is not known"),
+        ({"captioner": "http://127.0.0.1:9/v1"}, "set captioner_model"),
+    ],
+)
+def test_settings_that_later_stages_cannot_use_are_said_before_any_request(
+    bench: Bench, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(StarflowError, match=message):
+        bench.refresh(bench.write_list({url(0): png(0)}), **settings)
+    assert not bench.web.requests
+
+
 def test_an_empty_list_is_refused(bench: Bench) -> None:
     with pytest.raises(ConfigError, match="empty"):
         bench.refresh(bench.write_list({}))
@@ -402,8 +420,6 @@ def test_a_kill_at_any_write_changes_nothing_in_the_end(
 def committed_urls(bench: Bench) -> set[str]:
     """URLs whose batches are committed with an answer that is not to be retried."""
     from pipelines.batches import CrawlRecord, load_record
-    from pipelines.ledger import get_table
-    from pipelines.plan import Workspace
 
     store = open_store(str(bench.store))
     done = set()
@@ -454,6 +470,33 @@ def test_a_takedown_meanwhile_is_respected(bench: Bench) -> None:
     publish(store, parent=parent, parts=parent.parts, image_size=32, takedowns=taken)
     result = bench.refresh(listed)
     assert (result.added, result.total, result.dropped) == (1, 3, {"takedown": 1})
+
+
+def test_what_another_process_planned_meanwhile_is_not_taken_for_published(bench: Bench) -> None:
+    """The first one dies between its snapshot and its ledger; the second one's plan is not in that snapshot."""
+    first, second = bench.write_list({url(0): png(0)}), bench.write_list({url(1): png(1)}, "other")
+    with pytest.MonkeyPatch.context() as patch:
+
+        def killed(*_: Any) -> None:
+            raise KilledError
+
+        patch.setattr(Ledger, "commit", killed)
+        with pytest.raises(KilledError):
+            bench.refresh(first)
+    store = open_store(str(bench.store))
+    workspace = Workspace(store, 1)
+    rows = [get_table(store, batch.rows) for batch in workspace.plans()[0].batches]
+    others = [
+        table.set_column(0, "key", pa.array([url_key(url(1))])).set_column(1, "url", pa.array([url(1)]))
+        for table in rows
+    ]
+    batches = workspace.write_batches(1, others, 4)
+    workspace.commit(workspace.plans()[0].model_copy(update={"number": 1, "batches": batches}))
+    result = bench.refresh(second)
+    assert (result.added, result.total) == (1, 2)
+    assert sample_urls(bench) == {url(0), url(1)}
+    with pytest.raises(AlreadyExistsError, match="is at work and has planned meanwhile"):
+        workspace.commit(workspace.plans()[0].model_copy(update={"duplicates": 7}))
 
 
 def test_two_refreshes_at_once_publish_once(bench: Bench) -> None:
