@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -262,6 +263,7 @@ def _typicality_rows(
     return [
         {
             "image": str(path),
+            "id": hashlib.sha256(path.read_bytes()).hexdigest(),  # of the sample, in a snapshot and for `takedown`
             "bits_per_dim": -float(value),
             "percentile": float(percentile),
             "p_value": float(p),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -198,7 +199,9 @@ def test_interpolate_inpaint_typicality(folder: Path, pictures: Path, tmp_path: 
         "typicality", tmp_path / "flat.png", "-c", folder, "--reference", pictures, "--json", "--level", 0.3
     )
     assert code == 0
-    assert json.loads(answer)[0]["outlier"]
+    (judged,) = json.loads(answer)
+    assert judged["outlier"]
+    assert judged["id"] == hashlib.sha256((tmp_path / "flat.png").read_bytes()).hexdigest()
     assert Image.open(tmp_path / "path.png").size[0] > 3 * 32
     assert out.exists()
 
