@@ -20,12 +20,14 @@ from starflow.model import STARFlow
 from starflow.objectstore import open_store
 from starflow.reader import SnapshotReader
 from starflow.snapshots import load_snapshot
+from tests.training.run_helpers import train
 from tests.training.small_snapshot import VAE, publish_samples
 from training.architecture import architecture
 from training.conditions import make_conditioner
 from training.ema import EMA
 from training.engine import Engine
-from training.metrics import MetricsLog
+from training.metrics import MetricsLog, read_metrics
+from training.run_commands import describe_run
 from training.samples import SampleGrids, earlier_samples, list_samples, vae_for_samples
 
 
@@ -100,6 +102,17 @@ def test_other_stages_draw_the_same(make_config, store, tmp_path, stage):
     one, _ = drawn(make_config, store, tmp_path, 1, 1)
     two, _ = drawn(make_config, store, tmp_path, 2, stage)
     assert np.abs(one - two).mean() < 1
+
+
+@pytest.mark.slow
+def test_the_command_draws_on_time_under_zero_3(make_config, store, tmp_path):
+    config = make_config(steps=5, zero_stage=3, sample_every=2, sample_count=3)
+    assert train(config, tmp_path) == 0
+    shown = describe_run(store.url, config.run)
+    assert shown["sample_grids"] == [f"runs/test/samples/{step:09d}.png" for step in (2, 4, 5)]
+    logged = read_metrics(store.read("runs/test/metrics.jsonl"))
+    assert [line["step"] for line in logged if "sample_seconds" in line] == [2, 4, 5]
+    assert Image.open(io.BytesIO(store.read(shown["sample_grids"][-1]))).width > 3 * 96
 
 
 def test_another_vae_is_refused_by_name():
