@@ -30,6 +30,7 @@ from train_step import cell, machine, write
 
 from infra.stack import LocalStack
 from starflow import manifest
+from starflow.compaction import compact
 from starflow.encoders import VAEIdentity
 from starflow.objectstore import ObjectStore, open_store
 from starflow.parts import LayerPlan, part_from_arrays, plan_part
@@ -151,8 +152,8 @@ def many_shards(folder: Path, shards: int = 100_000, parts: int = 400) -> tuple[
     return in_process(_open, str(folder))
 
 
-def many_parts(folder: Path, parts: int = 300, each: int = 64) -> tuple[float, float]:
-    """Seconds to open a snapshot of many nights' small parts, and samples per second out of it."""
+def many_parts(folder: Path, parts: int = 300, each: int = 64) -> tuple[float, float, float]:
+    """Seconds to open a snapshot of many nights' small parts; samples per second out of it, and once compacted."""
     store, random = open_store(str(folder)), np.random.default_rng(0)
     published = []
     for number in range(parts):
@@ -163,9 +164,14 @@ def many_parts(folder: Path, parts: int = 300, each: int = 64) -> tuple[float, f
         published.append(part_from_arrays(store, VAE, mean, mean, samples, [(layer, names)]))
     publish(store, parent=None, parts=published, image_size=256)
     seconds, _ = in_process(_open, str(folder))
-    total = parts * each
+    before = _small_rate(folder, parts * each)
+    compact(store)
+    return seconds, before, _small_rate(folder, parts * each)
+
+
+def _small_rate(folder: Path, total: int) -> float:
     in_process(ours, str(folder), folder / "cache", total, 256, 64)  # captions are made ready for mapping once
-    return seconds, in_process(ours, str(folder), folder / "cache", 2 * total, 256, 64)
+    return in_process(ours, str(folder), folder / "cache", 2 * total, 256, 64)
 
 
 def _fake_shard(part: str, shard: int, candidates: tuple[tuple[int, int], ...]) -> ShardRef:
@@ -256,11 +262,13 @@ def main() -> None:
     try:
         rows = rates(folder, make_samples(arguments.samples), arguments.store)
         seconds, megabytes = many_shards(folder / "many")
-        parts_seconds, parts_rate = many_parts(folder / "parts")
+        parts_seconds, scattered, compacted = many_parts(folder / "parts")
     finally:
         shutil.rmtree(folder)
     about["100,000 shards (410 million samples)"] = f"open in {seconds:.2f} s, {megabytes:.0f} MB at most"
-    about["300 parts of 64 samples"] = f"open in {parts_seconds:.2f} s, then {parts_rate:,.0f} samples/s"
+    about["300 parts of 64 samples"] = (
+        f"open in {parts_seconds:.2f} s; {scattered:,.0f} samples/s, {compacted:,.0f} once compacted"
+    )
     for order in (shuffling(256, 64), shuffling(*COLD_ORDER)):
         about[f"shuffling, {order.pop('order')}"] = ", ".join(f"{key} {cell(value)}" for key, value in order.items())
     about["load at the end"] = f"{os.getloadavg()[0]:.2f}"

@@ -26,12 +26,10 @@ from starflow.encoders import TextIdentity, VAEIdentity
 from starflow.errors import NotFoundError, StoreError
 from starflow.manifest import ObjectRef
 from starflow.objectstore import ObjectStore
-from starflow.parts import CHUNK_BYTES, SAMPLES, SHARD_BYTES, LayerPlan, PartPlan, plan_part
+from starflow.parts import CHUNK_BYTES, PART_SHARDS, SAMPLES, SHARD_BYTES, LayerPlan, PartPlan, plan_part
 from starflow.takedowns import Takedowns
 
 KIND, VERSION = "encode-plan", 1
-#: Parts end after so many full shards, which bounds what a reader loads of a part's captions at once.
-PART_SHARDS = 64
 
 _IMAGE = ("image_key", "image_offset", "image_size")
 _CAPTIONS = pa.list_(

@@ -1,4 +1,4 @@
-"""Commands over published snapshots: snapshots list | show | diff | verify | gc, preview, takedown."""
+"""Commands over published snapshots: snapshots list | show | diff | verify | compact | gc, preview, takedown."""
 
 from __future__ import annotations
 
@@ -130,6 +130,22 @@ def verify(
         raise CorruptError(f"snapshot {snapshot.id} has {len(problems)} problems; restore these objects or go back")
     if not json:
         print(f"{snapshot.id}: all {len(snapshot.parts)} parts are there" + (" and intact" if read else ""))
+
+
+@snapshots.command()
+def compact(store: StoreOption, json: JsonOption = False) -> None:
+    """Publish a snapshot whose many small parts are few large ones; every sample stays as it is."""
+    from starflow.compaction import compact as run
+    from starflow.console import console, print_json
+    from starflow.objectstore import open_store
+
+    with console.status("merging small parts"):
+        done = run(open_store(store))
+    answer = {"snapshot": done.snapshot.id, "parent": done.snapshot.parent, "parts": [done.before, done.after]}
+    if json:
+        print_json(answer)
+    else:
+        print(f"snapshot {done.snapshot.id}: {done.before:,} parts are now {done.after:,}")
 
 
 @snapshots.command()

@@ -41,6 +41,8 @@ SAMPLES = pa.schema(
     ]
 )
 CAPTIONS = pa.schema([("row", pa.int64()), ("caption", pa.string())])
+#: Parts end after so many full shards, which bounds what a reader loads of a part's captions at once.
+PART_SHARDS = 64
 #: Target size of a chunk and of a shard object, in bytes.
 CHUNK_BYTES, SHARD_BYTES = 2 * 2**20, 128 * 2**20
 
