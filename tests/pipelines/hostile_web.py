@@ -212,6 +212,7 @@ def _served() -> list[Case]:
     add("redirect-loop", "failed", "redirects", _redirect("/redirect-loop"))
     add("redirect-nowhere", "failed", "http_302", response(b"", status="HTTP/1.1 302 Found"))
     add("redirect-private", "failed", "private_address", _redirect("http://10.0.0.1/a.png"))
+    add("redirect-decimal", "failed", "private_address", _redirect("http://2130706433/a.png"))
     add("redirect-metadata", "failed", "private_address", _redirect("http://169.254.169.254/latest/meta-data"))
     add("redirect-file", "failed", "scheme", _redirect("file:///etc/passwd"))
     add("cookie", "failed", "redirects", wants_cookie)
@@ -238,7 +239,8 @@ def _served() -> list[Case]:
     add("reserved/a.png", "opt_out", "tdm_reservation", response(picture()))
     add("etag", "unchanged", "unchanged", etag)
     add("etag-opt-out", "opt_out", "x_robots_tag", etag_opt_out)
-    return [Case(name, f"{{base}}/{name}", status, reason, handler) for name, status, reason, handler in table]
+    cases = [Case(name, f"{{base}}/{name}", status, reason, handler) for name, status, reason, handler in table]
+    return [*cases, Case("50 % off", "{base}/50%20%25%20off", handler=answers(response(picture())))]
 
 
 def _refused() -> list[Case]:
@@ -256,6 +258,8 @@ def _refused() -> list[Case]:
         ("localhost", "http://localhost:{port}/png", "private_address"),
         ("decimal", "http://2130706433:{port}/png", "private_address"),
         ("hexadecimal", "http://0x7f000001:{port}/png", "private_address"),
+        ("octal", "http://0177.0.0.1:{port}/png", "private_address"),
+        ("circled-digits", "http://\u2460\u24ea.\u2460.\u2461.\u2462/a.png", "private_address"),
         ("short", "http://127.1:{port}/png", "private_address"),
         ("zero", "http://0.0.0.0:{port}/png", "private_address"),
         ("ipv6", "http://[::1]:{port}/png", "private_address"),

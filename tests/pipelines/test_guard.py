@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import socket
 import ssl
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from typing import Any
 
 import pytest
 
-from pipelines.guard import FetchError, FetchPolicy, checked, get, is_public
+from pipelines.guard import FetchError, FetchPolicy, _retry_after, checked, get, is_public
 
 POLICY = FetchPolicy(user_agent="starflow/0", agent_token="starflow", seconds=2.0)
 
@@ -96,6 +98,28 @@ def test_listed_hosts_may_be_private_on_the_listed_port_only(monkeypatch: pytest
     with pytest.raises(FetchError, match="private_address"):
         get("http://mine.example/a.png", policy)
     assert connected == [("10.0.0.7", 8080)]
+
+
+@pytest.mark.parametrize(
+    ("header", "seconds"),
+    [
+        (None, None),
+        ("120", 120.0),
+        (" 5 ", 5.0),
+        ("99999999999", 7 * 86400.0),
+        ("Fri, 01 Jan 2100 00:00:00 GMT", 7 * 86400.0),
+        ("Thu, 01 Jan 1970 00:00:00 GMT", 0.0),
+        ("soon", None),
+        ("-3", None),
+    ],
+)
+def test_retry_after_in_both_its_forms(header: str | None, seconds: float | None) -> None:
+    assert _retry_after(header) == seconds
+
+
+def test_a_retry_after_date_is_counted_from_now() -> None:
+    header = format_datetime(datetime.now(UTC) + timedelta(seconds=100), usegmt=True)
+    assert 90 < (_retry_after(header) or 0) <= 100
 
 
 def test_names_that_do_not_resolve(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -21,7 +24,6 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from ray.cluster_utils import Cluster
 
 from starflow.objectstore import open_store
 from starflow.reader import SnapshotReader
@@ -72,11 +74,28 @@ def web() -> Iterator[Web]:
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Address of a Ray cluster that outlives the killed commands: starting one takes longer than all else."""
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    arguments = {"num_cpus": 2, "include_dashboard": False, "node_ip_address": "127.0.0.1"}
-    cluster = Cluster(initialize_head=True, head_node_args={**arguments, "object_store_memory": 100 * 2**20})
-    yield cluster.address
-    cluster.shutdown()
+    for name, value in {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}.items():
+        monkeypatch.setenv(name, value)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    folder = tempfile.mkdtemp(prefix="ray-")  # short, for its sockets, and not where others look for a running cluster
+    options = [f"--port={port}", "--node-ip-address=127.0.0.1", "--num-cpus=2", "--include-dashboard=false"]
+    options += [f"--object-store-memory={100 * 2**20}", f"--temp-dir={folder}"]
+    command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", *options]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        with socket.socket() as probe:
+            while probe.connect_ex(("127.0.0.1", port)):
+                assert time.monotonic() < deadline, "Ray did not start"
+                time.sleep(0.2)
+        yield f"127.0.0.1:{port}"
+    finally:
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.terminate()
+        process.wait(timeout=60)
+        psutil.wait_procs(children, timeout=60)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 class Nights:
@@ -84,7 +103,7 @@ class Nights:
 
     def __init__(self, folder: Path, web: Web, cluster: str, captioner: str) -> None:
         self.folder, self.web = folder, web
-        self.settings = [f"ray_address={cluster}", f"captioner={captioner}", "captioner_model=any", "batch_size=16"]
+        self.settings = [f"ray_address={cluster}", f"captioner={captioner}", "captioner_model=any", "batch_size=20"]
         self.settings += ["actors=1", "text_encoder=null", "--allow-host", "127.0.0.1", "--json"]
         for pictures in NIGHTS:
             urls = [f"{web.base}/{seed}.png" for seed in range(pictures)]
@@ -94,12 +113,15 @@ class Nights:
     def start(self, pictures: int, store: Path) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "starflow.cli", "refresh", "--store", str(store)]
         command += ["--urls", str(self.folder / f"{pictures}.parquet"), *self.settings]
-        with (self.folder / "errors.log").open("wb") as errors:
+        with self.log(pictures).open("wb") as errors:
             return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, start_new_session=True)
 
-    def finish(self, process: subprocess.Popen[bytes]) -> dict[str, Any]:
+    def log(self, pictures: int) -> Path:
+        return self.folder / f"errors-{pictures}.log"
+
+    def finish(self, pictures: int, process: subprocess.Popen[bytes]) -> dict[str, Any]:
         output, _ = process.communicate(timeout=600)
-        assert process.returncode == 0, (self.folder / "errors.log").read_text()
+        assert process.returncode == 0, self.log(pictures).read_text()
         answer: dict[str, Any] = json.loads(output)
         return answer
 
@@ -116,7 +138,7 @@ class Nights:
             process.communicate()
             expect_no_crawl(children)
         else:
-            self.finish(process)
+            self.finish(pictures, process)
         assert not committed & set(self.web.requests), "fetched again what was committed"
         return process.returncode != 0
 
@@ -147,10 +169,10 @@ def expect_no_crawl(children: list[psutil.Process]) -> None:
 def test_a_command_killed_fifty_times_ends_the_same(tmp_path: Path, web: Web, cluster: str) -> None:
     with serve_endpoint() as endpoint:
         nights = Nights(tmp_path, web, cluster, endpoint.url)
-        calm, seconds = tmp_path / "calm", {}
+        began, calm, seconds = time.monotonic(), tmp_path / "calm", {}
         for pictures in NIGHTS:
             started = time.monotonic()
-            answer = nights.finish(nights.start(pictures, calm))
+            answer = nights.finish(pictures, nights.start(pictures, calm))
             seconds[pictures] = time.monotonic() - started
             assert answer["added"] + sum(answer["dropped"].values()) == 20
         expected = content(calm, tmp_path / "cache")
@@ -161,6 +183,33 @@ def test_a_command_killed_fifty_times_ends_the_same(tmp_path: Path, web: Web, cl
                 while nights.killed(pictures, store, seconds[pictures] * moments.random()):
                     kills += 1
             assert content(store, tmp_path / "cache") == expected
+            print(f"{kills} kills in {chains} stores, {time.monotonic() - began:.0f} s", flush=True)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_two_commands_at_once_lose_nothing(tmp_path: Path, web: Web, cluster: str) -> None:
+    """Two lists, one store: each ends well or says to run it again, and then everything is there once."""
+    with serve_endpoint() as endpoint:
+        nights = Nights(tmp_path, web, cluster, endpoint.url)
+        urls = pq.read_table(tmp_path / "40.parquet")
+        for pictures, start in ((1, 0), (2, 20)):
+            pq.write_table(urls.slice(start, 20), tmp_path / f"{pictures}.parquet")
+        waiting, published = [1, 2], 0
+        for _ in range(4):
+            running = {pictures: nights.start(pictures, tmp_path / "store") for pictures in waiting}
+            waiting = []
+            for pictures, process in running.items():
+                process.communicate(timeout=600)
+                if process.returncode:
+                    waiting.append(pictures)
+                    assert "run the same command again" in nights.log(pictures).read_text()
+                else:
+                    published += 1
+        assert (waiting, published) == ([], 2)
+        *_, (counts, _, samples) = content(tmp_path / "store", tmp_path / "cache")
+        ids = [id for grid in samples for id in grid[0]]
+        assert (counts.total, len(ids), len(set(ids))) == (36, 36, 36)
 
 
 def committed_paths(store: Path) -> set[str]:
