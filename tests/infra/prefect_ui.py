@@ -114,9 +114,10 @@ class PrefectUI:
         self.page.get_by_role("listitem").filter(has_text=name).click()
 
     def open_artifact(self, key: str) -> None:
-        """From the run's page."""
+        """From the run's page, whose list is drawn anew now and then: the link is followed by its address."""
         self.tab("Artifacts")
-        self.page.get_by_role("link", name=key).first.click()
+        link = self.page.get_by_role("link", name=key).first.get_attribute("href")
+        self.page.goto(f"{self.address}{link}")
         self.page.get_by_text(key).first.wait_for()
 
     def picture_width(self) -> int:

@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -41,6 +43,12 @@ def test_a_day_in_the_ui(stack: LocalStack, s3_url: str, tmp_path: Path) -> None
 def a_day(ui: PrefectUI, stack: LocalStack, store: str, work: Path) -> None:
     """Turns the nightly schedule on and off, refreshes, watches, stops and resumes the training that follows."""
     api = PrefectAPI(stack.state.env["PREFECT_API_URL"])
+    with schedule_off_afterwards(api):
+        the_jobs(ui, api, stack, store, work)
+    assert ui.strangers == set(), "the UI asks nobody but this server"
+
+
+def the_jobs(ui: PrefectUI, api: PrefectAPI, stack: LocalStack, store: str, work: Path) -> None:
     turn_the_schedule_on(ui, api)
     with serve_pictures(work, 40) as urls, training_on_publish(api, enabled=False) as automation:
         ui.toggle_automation("train-on-publish")
@@ -49,7 +57,17 @@ def a_day(ui: PrefectUI, stack: LocalStack, store: str, work: Path) -> None:
         refresh_by_form(ui, api, store, urls)
         stop_and_resume(ui, api, stack, store)
     turn_the_schedule_off(ui, api)
-    assert ui.strangers == set(), "the UI asks nobody but this server"
+
+
+@contextmanager
+def schedule_off_afterwards(api: PrefectAPI) -> Iterator[None]:
+    """Also when the test has failed: other tests use the same server."""
+    try:
+        yield
+    finally:
+        deployment = api.get("/deployments/name/refresh/refresh-nightly")
+        schedule = deployment["schedules"][0]["id"]
+        api.patch(f"/deployments/{deployment['id']}/schedules/{schedule}", {"active": False})
 
 
 def turn_the_schedule_on(ui: PrefectUI, api: PrefectAPI) -> None:
@@ -91,8 +109,7 @@ def refresh_by_form(ui: PrefectUI, api: PrefectAPI, store: str, urls: Path) -> N
     ui.page.locator(".schema-form-property").first.scroll_into_view_if_needed()
     ui.shoot("form")
     ui.submit()
-    ui.page.wait_for_url("**/flow-run/**")
-    flow_run = ui.page.url.partition("/flow-run/")[2].partition("?")[0]
+    flow_run = wait_for("the refresh", lambda: run_on(api, "refresh/refresh-now", store), 60)
     wait_for_state(api, flow_run, "Completed", 600)
     ui.open_run(flow_run)
     ui.tab("Task Runs")
@@ -101,6 +118,13 @@ def refresh_by_form(ui: PrefectUI, api: PrefectAPI, store: str, urls: Path) -> N
     ui.open_artifact("refresh-pictures")
     assert ui.picture_width() > 32
     ui.shoot("pictures")
+
+
+def run_on(api: PrefectAPI, deployment: str, store: str) -> str:
+    """Id of the deployment's flow run on `store`; "" before there is one."""
+    wanted = {"flow_runs": {"deployment_id": {"any_": [api.get(f"/deployments/name/{deployment}")["id"]]}}}
+    runs = api.post("/flow_runs/filter", wanted)
+    return next((str(run["id"]) for run in runs if run["parameters"].get("store") == store), "")
 
 
 def stop_and_resume(ui: PrefectUI, api: PrefectAPI, stack: LocalStack, store: str) -> None:
