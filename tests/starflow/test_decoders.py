@@ -45,7 +45,7 @@ def vae() -> DiffusersVAE:
 
 def shifted(vae: DiffusersVAE, by: float) -> dict[str, torch.Tensor]:
     """The VAE's decoder, but every picture `by` brighter."""
-    state = {name: value.clone() for name, value in vae.decoder_state().items()}
+    state = {name: value.clone(memory_format=torch.contiguous_format) for name, value in vae.decoder_state().items()}
     state["decoder.conv_out.bias"] += by
     return state
 
