@@ -74,7 +74,8 @@ def web() -> Iterator[Web]:
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Address of a Ray cluster that outlives the killed commands: starting one takes longer than all else."""
-    for name, value in {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}.items():
+    settings = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled", "RAY_raylet_start_wait_time_s": "300"}
+    for name, value in settings.items():
         monkeypatch.setenv(name, value)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -87,6 +88,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         deadline = time.monotonic() + 120
         with socket.socket() as probe:
             while probe.connect_ex(("127.0.0.1", port)):
+                assert process.poll() is None, "Ray ended"
                 assert time.monotonic() < deadline, "Ray did not start"
                 time.sleep(0.2)
         yield f"127.0.0.1:{port}"
