@@ -129,9 +129,11 @@ class PrefectUI:
     def cancel(self) -> None:
         """The run whose page is open."""
         self.page.get_by_role("button", name="Cancel", exact=True).click()
-        self.page.get_by_role("dialog").get_by_role("button", name="Cancel", exact=False).last.click()
+        self.page.get_by_role("button", name="Confirm", exact=True).click()
 
     def retry(self) -> None:
         """The run whose page is open."""
-        self.page.get_by_role("button", name="Retry", exact=True).click()
-        self.page.get_by_role("dialog").get_by_role("button", name="Retry", exact=True).click()
+        retry = self.page.get_by_role("button", name="Retry", exact=True)
+        retry.click()
+        self.page.get_by_role("button", name="Close", exact=True).wait_for()
+        retry.last.click()  # that of the question
