@@ -156,7 +156,7 @@ def stop_and_resume(ui: PrefectUI, api: PrefectAPI, stack: LocalStack, store: st
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as name, LocalStack(Path(name) / "stack") as own:
+    with tempfile.TemporaryDirectory(prefix="starflow-") as name, LocalStack(Path(name) / "stack") as own:
         own.activate()
         (Path(name) / "work").mkdir()
         with open_ui(own.state.ui, IMAGES) as pages:
