@@ -13,7 +13,7 @@ from typing import Any
 
 from starflow.config import Config
 from starflow.errors import CorruptError, StoreError
-from starflow.objectstore import ObjectStore
+from starflow.objectstore import ObjectStore, file_sha256
 
 
 class ObjectRef(Config):
@@ -32,8 +32,7 @@ def put(store: ObjectStore, key: str, data: bytes | memoryview) -> ObjectRef:
 
 def upload(store: ObjectStore, key: str, path: Path) -> ObjectRef:
     """Uploads the file at `path` under `key`; the file must not change meanwhile."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = file_sha256(path)
     store.upload(key, path)
     return ObjectRef(key=key, size=path.stat().st_size, sha256=digest)
 
@@ -48,9 +47,7 @@ def get(store: ObjectStore, ref: ObjectRef) -> bytes:
 def download(store: ObjectStore, ref: ObjectRef, path: Path) -> None:
     """Downloads the object to `path`, which appears only once its content has been checked."""
     partial = path.with_name(f"{path.name}.unchecked")
-    store.download(ref.key, partial)
-    with partial.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = store.download(ref.key, partial)
     check(store, ref, partial.stat().st_size, digest)
     partial.replace(path)
 

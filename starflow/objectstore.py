@@ -71,8 +71,11 @@ class ObjectStore(ABC):
         """Stores the file's content."""
 
     @abstractmethod
-    def download(self, key: str, path: Path) -> None:
-        """Writes the object to `path`, which appears only when complete. Raises NotFoundError."""
+    def download(self, key: str, path: Path) -> str:
+        """Writes the object to `path`, which appears only when complete, and returns the SHA-256 (hex) of its bytes.
+
+        Raises NotFoundError.
+        """
 
 
 def open_store(url: str) -> ObjectStore:
@@ -176,12 +179,14 @@ class LocalStore(ObjectStore):
             _copy_durably(path, unfinished)
             unfinished.replace(self.path(key))
 
-    def download(self, key: str, path: Path) -> None:
+    def download(self, key: str, path: Path) -> str:
         unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}~")
         with self._errors("download", key):
             try:
                 _copy_durably(self.path(key), unfinished)
+                digest = file_sha256(unfinished)
                 unfinished.replace(path)
+                return digest
             finally:
                 unfinished.unlink(missing_ok=True)
 
@@ -218,6 +223,12 @@ class LocalStore(ObjectStore):
             raise StoreError(
                 f"cannot {operation} {self.url}/{key}: {reason}; check space and permissions, then run it again"
             ) from error
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 (hex) of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _write_durably(path: Path, data: bytes | memoryview) -> None:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import random
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from starflow.errors import AlreadyExistsError, ChangedError, ConfigError, NotFoundError, StoreError
-from starflow.objectstore import ObjectInfo, ObjectStore
+from starflow.objectstore import ObjectInfo, ObjectStore, file_sha256
 
 #: Objects above this size go up in parts, each with its own checksum.
 MULTIPART_BYTES = 64 * 2**20
+#: What is read of a download at a time.
+BLOCK_BYTES = 2**20
 #: How long an S3 operation is retried before it fails for good, in seconds: short until the store has
 #: answered once, because then the endpoint is more likely wrong than briefly down.
 FIRST_DEADLINE_SECONDS, DEADLINE_SECONDS = 10.0, 120.0
@@ -126,17 +130,12 @@ class S3Store(ObjectStore):
 
         self._retry("upload", key, transfer, path.stat().st_size)
 
-    def download(self, key: str, path: Path) -> None:
+    def download(self, key: str, path: Path) -> str:
         unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}~")
         try:
-            self._retry(
-                "download",
-                key,
-                lambda: self.client.download_file(
-                    self.bucket, self.prefix + key, str(unfinished), Config=_transfer_config()
-                ),
-            )
+            digest = self._retry("download", key, lambda: self._transfer_down(key, unfinished))
             unfinished.replace(path)
+            return digest
         finally:
             unfinished.unlink(missing_ok=True)
 
@@ -159,6 +158,20 @@ class S3Store(ObjectStore):
             ExtraArgs={"ChecksumAlgorithm": "SHA256"},
             Config=_transfer_config(),
         )
+
+    def _transfer_down(self, key: str, path: Path) -> str:
+        """One request, hashed as it comes; what goes up in parts comes down in parts, several at once."""
+        answer = self.client.get_object(Bucket=self.bucket, Key=self.prefix + key)
+        with closing(answer["Body"]) as body:
+            if answer["ContentLength"] <= MULTIPART_BYTES:
+                digest = hashlib.sha256()
+                with path.open("wb") as file:
+                    for block in body.iter_chunks(BLOCK_BYTES):
+                        digest.update(block)
+                        file.write(block)
+                return digest.hexdigest()
+        self.client.download_file(self.bucket, self.prefix + key, str(path), Config=_transfer_config())
+        return file_sha256(path)
 
     def _retry(self, operation: str, key: str, call: Callable[[], T], size: int | None = None) -> T:
         """Runs `call` until it succeeds, fails for good, or the deadline passes.

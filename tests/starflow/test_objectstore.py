@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
 from pathlib import Path
@@ -89,10 +90,11 @@ def test_upload_and_download(store: ObjectStore, tmp_path: Path, monkeypatch: py
     source.write_bytes(data)
     store.upload("big/file", source)
     store.write("big/memory", memoryview(data))
-    for key in ("big/file", "big/memory"):
+    store.write("small", data[:3_000_001])
+    for key, content in (("big/file", data), ("big/memory", data), ("small", data[:3_000_001])):
         target = tmp_path / "target"
-        store.download(key, target)
-        assert target.read_bytes() == data
+        assert store.download(key, target) == hashlib.sha256(content).hexdigest()
+        assert target.read_bytes() == content
     with pytest.raises(NotFoundError):
         store.download("big/none", tmp_path / "none")
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["source", "target"]
