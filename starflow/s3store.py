@@ -19,8 +19,8 @@ from starflow.objectstore import ObjectInfo, ObjectStore, file_sha256
 
 #: Objects above this size go up in parts, each with its own checksum.
 MULTIPART_BYTES = 64 * 2**20
-#: What is read of a download at a time.
-BLOCK_BYTES = 2**20
+#: Up to this size an object, such as a latent shard, comes down in one request, read in blocks; larger ones in parts.
+STREAM_BYTES, BLOCK_BYTES = 256 * 2**20, 2**18
 #: How long an S3 operation is retried before it fails for good, in seconds: short until the store has
 #: answered once, because then the endpoint is more likely wrong than briefly down.
 FIRST_DEADLINE_SECONDS, DEADLINE_SECONDS = 10.0, 120.0
@@ -160,10 +160,10 @@ class S3Store(ObjectStore):
         )
 
     def _transfer_down(self, key: str, path: Path) -> str:
-        """One request, hashed as it comes; what goes up in parts comes down in parts, several at once."""
+        """A shard in one request, hashed as it comes; several shards come at once, and a larger object in parts."""
         answer = self.client.get_object(Bucket=self.bucket, Key=self.prefix + key)
         with closing(answer["Body"]) as body:
-            if answer["ContentLength"] <= MULTIPART_BYTES:
+            if answer["ContentLength"] <= STREAM_BYTES:
                 digest = hashlib.sha256()
                 with path.open("wb") as file:
                     for block in body.iter_chunks(BLOCK_BYTES):

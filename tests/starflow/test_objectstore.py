@@ -85,6 +85,7 @@ def test_list_and_delete(store: ObjectStore) -> None:
 
 def test_upload_and_download(store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(s3store, "MULTIPART_BYTES", 12 * 2**20)
+    monkeypatch.setattr(s3store, "STREAM_BYTES", 12 * 2**20)
     data = os.urandom(25 * 2**20)
     source = tmp_path / "source"
     source.write_bytes(data)
