@@ -70,10 +70,15 @@ def calm(tmp_path_factory: pytest.TempPathFactory) -> Any:
     [
         ("down", 0, r"after \d+ attempts in .* check that the endpoint http://127.0.0.1:\d+ is up"),
         ("down", 40, r"after \d+ attempts in .* check that the endpoint http://127.0.0.1:\d+ is up"),
-        ("hang", 80, r"after \d+ attempts in .* check that the endpoint http://127.0.0.1:\d+ is up"),
-        ("503", 110, "Please reduce your request rate"),
+        pytest.param(
+            "hang",
+            80,
+            r"after \d+ attempts in .* check that the endpoint http://127.0.0.1:\d+ is up",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("503", 110, "Please reduce your request rate", marks=pytest.mark.slow),
         ("507", 15, r"is full, it did not take \S+ .*make room"),
-        ("denied", 60, "refuses these credentials .*AWS_ACCESS_KEY_ID"),
+        pytest.param("denied", 60, "refuses these credentials .*AWS_ACCESS_KEY_ID", marks=pytest.mark.slow),
     ],
 )
 def test_a_store_that_fails_in_the_middle_is_gone_on_with(
@@ -96,12 +101,12 @@ def test_a_store_that_fails_in_the_middle_is_gone_on_with(
     ("mode", "only"),
     [
         ("lost", "^PUT .*/plans/000.json"),
-        ("lost", "^PUT .*/crawl.json"),
+        pytest.param("lost", "^PUT .*/crawl.json", marks=pytest.mark.slow),
         ("lost", "^PUT .*/snapshots/"),
         ("lost", "^PUT .*/ledger/0.*json"),
         ("flip", "^PUT .*images-.*tar"),
         ("flip", "^GET .*fetched-.*parquet$"),
-        ("slow", None),
+        pytest.param("slow", None, marks=pytest.mark.slow),
     ],
 )
 def test_a_store_that_stumbles_is_not_noticed(
