@@ -1,7 +1,7 @@
 """Takedown: a new snapshot without some samples, whose parts are rewritten without their bytes.
 
 Only parts that held such a sample are rewritten, and of these only the touched shards are decoded; the others
-are copied. The new snapshot names the parts it withdraws. Until `starflow.upkeep.collect_garbage` has run, older
+are copied. The new snapshot names the parts it withdraws, those that only older snapshots hold included. Until `starflow.upkeep.collect_garbage` has run, older
 snapshots and their bytes are still there; afterwards they are gone.
 """
 
@@ -24,7 +24,7 @@ from starflow.manifest import ObjectRef
 from starflow.objectstore import ObjectStore
 from starflow.parts import LayerPlan, PartPlan, complete, create_object, finish_part, text_array
 from starflow.shardindex import ShardIndex, ShardRef, held_out_candidates, read_index, shard_key
-from starflow.snapshots import ArraySpec, Part, Snapshot, newest_snapshot, publish
+from starflow.snapshots import ArraySpec, Part, Snapshot, load_snapshot, newest_snapshot, publish, snapshot_numbers
 from starflow.takedowns import Takedowns
 
 #: Shards rewritten at a time.
@@ -50,7 +50,7 @@ def take_down(store: ObjectStore, requested: Takedowns) -> Removal:
             raise NotFoundError(f"{store.url} holds no snapshot; there is nothing to take down")
         recorded = Takedowns.load(store, parent.takedowns)
         parts, withdrawn = [], []
-        removed: set[str] = set()  # the same bytes must not come back under another URL either
+        removed: set[str] = set()
         for part in parent.parts:
             samples = pq.read_table(pa.BufferReader(manifest.get(store, part.samples)))
             blocked = requested.blocks(samples["id"].to_pylist(), samples["url"].to_pylist())
@@ -61,6 +61,8 @@ def take_down(store: ObjectStore, requested: Takedowns) -> Removal:
             removed.update(samples.filter(pa.array(blocked))["id"].to_pylist())
             if not blocked.all():
                 parts.append(without(store, part, samples, blocked))
+        unwanted = requested | Takedowns(("id", id) for id in removed)  # nor the same bytes under another URL
+        withdrawn += _held_before(store, parent, unwanted)
         try:
             snapshot = publish(
                 store,
@@ -72,11 +74,33 @@ def take_down(store: ObjectStore, requested: Takedowns) -> Removal:
                 versions=parent.versions,
                 attribution=parent.attribution,
                 withdrawn=withdrawn,
-                takedowns=(recorded | requested | Takedowns(("id", id) for id in removed)).save(store),
+                takedowns=(recorded | unwanted).save(store),
             )
         except AlreadyExistsError:
             continue  # somebody published meanwhile: take down from theirs
         return Removal(snapshot, len(removed))
+
+
+def _held_before(store: ObjectStore, newest: Snapshot, unwanted: Takedowns) -> list[str]:
+    """Parts with an unwanted sample that older snapshots hold, `newest` does not, and nobody has withdrawn yet.
+
+    Compaction, and samples that left, replace parts; the old ones stay with the snapshots that hold them.
+    """
+    seen = {part.id for part in newest.parts} | set(newest.withdrawn)
+    found = []
+    for number in reversed(snapshot_numbers(store)):
+        if number >= newest.number:
+            continue
+        snapshot = load_snapshot(store, str(number))
+        seen |= set(snapshot.withdrawn)  # newer first: a part is withdrawn after the snapshots that hold it
+        for part in snapshot.parts:
+            if part.id in seen:
+                continue
+            seen.add(part.id)
+            samples = pq.read_table(pa.BufferReader(manifest.get(store, part.samples)), columns=["id", "url"])
+            if unwanted.blocks(samples["id"].to_pylist(), samples["url"].to_pylist()).any():
+                found.append(part.id)
+    return found
 
 
 def without(store: ObjectStore, part: Part, samples: pa.Table, blocked: NDArray[np.bool_]) -> Part:

@@ -96,7 +96,9 @@ class Summary(Config):
     sources: dict[str, int] = Field(description="Source: candidates it gave to this refresh.")
     versions: dict[str, str] = Field(description="What made it, such as captioner and filters.")
     attribution: str | None = Field(description="To be shown with the pictures and what was trained on them.")
-    withdrawn: tuple[str, ...] = Field(default=(), description="Parts that a takedown here replaced.")
+    withdrawn: tuple[str, ...] = Field(
+        default=(), description="Parts that a takedown here replaced, and that older snapshots hold."
+    )
     takedowns: ObjectRef | None = Field(
         default=None, description="Parquet (kind, value): everything ever taken down; never to come back."
     )
@@ -137,7 +139,7 @@ def publish(
     """
     _check_parts(parent, parts, image_size, bool(withdrawn))
     takedowns = takedowns or (parent.takedowns if parent else None)
-    if parent is not None and list(parts) == list(parent.parts) and takedowns == parent.takedowns:
+    if parent is not None and list(parts) == list(parent.parts) and takedowns == parent.takedowns and not withdrawn:
         return parent
     counts = _counts(parent, parts, added)
     listed = _PARTS.dump_json(tuple(parts), indent=1)

@@ -11,6 +11,7 @@ import pytest
 import zarr
 
 from starflow import upkeep
+from starflow.compaction import compact
 from starflow.encoders import TextIdentity, VAEIdentity
 from starflow.errors import ConfigError, NotFoundError
 from starflow.objectstore import open_store
@@ -109,6 +110,34 @@ def test_no_kind_of_takedown_leaves_bytes(store, entries, gone):
     collect_garbage(store)
     after = stored_bytes(store)
     assert not any(trace in after for trace in traces)
+
+
+def test_takedown_reaches_parts_that_only_older_snapshots_hold(store):
+    (a, mean, text), (b, _, _) = make_part(store, 0), make_part(store, 1000)
+    publish(store, parent=None, parts=[a], image_size=16)
+    merged = compact(store).snapshot
+    second = publish(store, parent=merged, parts=[*merged.parts, b], image_size=16)
+    merged = compact(store).snapshot
+    assert merged.parent == second.id
+    assert len(merged.parts) == 1
+    traces = [mean[17].tobytes(), text[17].tobytes(), f"'{name(17)}'".encode()]
+    removal = take_down(store, Takedowns([("url", "http://host1.example/secret-17")]))
+    assert set(removal.snapshot.withdrawn) == {a.id, merged.parts[0].id}
+    again = take_down(store, Takedowns([("url", "http://host1.example/secret-17")]))
+    assert again.snapshot.id == removal.snapshot.id
+    collect_garbage(store)
+    assert not any(trace in stored_bytes(store) for trace in traces)
+
+
+def test_takedown_of_what_has_left_the_newest_snapshot_reaches_older_ones(store):
+    (a, mean, text), (b, _, _) = make_part(store, 0), make_part(store, 1000)
+    first = publish(store, parent=None, parts=[a, b], image_size=16)
+    publish(store, parent=first, parts=[b], image_size=16, added=0, removed={"gone": 40})
+    removal = take_down(store, Takedowns([("id", name(17))]))
+    assert (removal.removed, removal.snapshot.withdrawn) == (0, (a.id,))
+    collect_garbage(store)
+    traces = [mean[17].tobytes(), text[17].tobytes(), f"'{name(17)}'".encode()]
+    assert not any(trace in stored_bytes(store) for trace in traces)
 
 
 def test_takedown_by_host_id_and_of_everything(store):
