@@ -1,8 +1,8 @@
 """Takedown: a new snapshot without some samples, whose parts are rewritten without their bytes.
 
 Only parts that held such a sample are rewritten, and of these only the touched shards are decoded; the others
-are copied. The new snapshot names the parts it withdraws, those that only older snapshots hold included. Until `starflow.upkeep.collect_garbage` has run, older
-snapshots and their bytes are still there; afterwards they are gone.
+are copied. The new snapshot names the parts it withdraws, those that only older snapshots hold included. Until
+`starflow.upkeep.collect_garbage` has run, older snapshots and their bytes are still there; afterwards they are gone.
 """
 
 from __future__ import annotations
