@@ -165,6 +165,7 @@ class WholeChunk(StoppingRule):
     """No token of a chunk leaves before all of them may."""
 
     def __call__(self, change: Tensor) -> int:
+        change = change.cpu()
         released = super().__call__(change)
         if released == len(change):
             return released

@@ -178,9 +178,13 @@ def decode(
             z, remembered = file.get_tensor("noise"), json.loads((file.metadata() or {}).get("captions", '[""]'))
     except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(f"{noise} is not a file of `starflow encode`: {error}") from error
+    if z.ndim != 4:
+        raise ConfigError(f"{noise} holds noise of shape {tuple(z.shape)}; `starflow encode` writes (B, C, H, W)")
     generator = _open(checkpoint, device)
     text = generator.condition(_captions(caption or remembered, len(z)))
-    x = likelihood.decode(generator.model, z.to(generator.device), text)
+    height, width = z.shape[2:]
+    with _progress("decoding", generator.batch_tokens((height, width))) as progress:
+        x = likelihood.decode(generator.model, z.to(generator.device), text, progress=progress)
     files = _write_all(generator.pictures(x), folder)
     if as_json:
         print_json({"files": files})
@@ -202,7 +206,9 @@ def interpolate(
 
     start, end = _captions(caption or [""], 2)
     generator = _open(checkpoint, device)
-    pictures = generator.interpolate((_read(first), _read(last)), (start, end), steps)
+    ends = _read(first), _read(last)
+    with _progress("interpolating", generator.batch_tokens(generator.grid_of(ends[0]))) as progress:
+        pictures = generator.interpolate(ends, (start, end), steps, progress)
     _write(picture_grid(pictures, columns=steps, scale=max(1, 128 // max(pictures[0].size))), out)
 
 
@@ -218,7 +224,10 @@ def inpaint(
 ) -> None:
     """Fill in the masked part of an image."""
     generator = _open(checkpoint, device)
-    _write(generator.inpaint(_read(image), _read(mask), caption, rounds, seed), out)
+    picture = _read(image)
+    with _progress("inpainting", rounds * generator.batch_tokens(generator.grid_of(picture))) as progress:
+        filled = generator.inpaint(picture, _read(mask), caption, rounds, seed, progress)
+    _write(filled, out)
 
 
 def typicality(

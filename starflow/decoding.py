@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -192,9 +193,24 @@ class Steps:
         """Records the step that has just run, which initialised all that may not be initialised while recording."""
         graph = torch.cuda.CUDAGraph()
         pool = next((other.pool() for other, _ in self.graphs.values()), None)
-        with torch.cuda.graph(graph, pool=pool):
+        stream = recording_stream(self.device)
+        # Only this thread is recorded: others (a loader that pins memory) may go on as they like.
+        with (
+            torch.cuda.device(self.device),
+            torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
+        ):
             outputs = self.step(self.place, end)
         self.graphs[end] = graph, outputs
+
+
+@lru_cache
+def recording_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream of `device` on which its graphs are recorded.
+
+    PyTorch's own lies on whichever GPU was current when it was first needed; recorded there, work of another GPU
+    would leave the graph empty. One for all graphs: libraries keep a workspace for every stream they have seen.
+    """
+    return torch.cuda.Stream(device)
 
 
 def decode_sequential(decoder: BlockDecoder, z: Tensor, progress: Progress) -> tuple[Tensor, Tensor]:
@@ -205,7 +221,7 @@ def decode_sequential(decoder: BlockDecoder, z: Tensor, progress: Progress) -> t
     def step(place: Place, end: int) -> None:
         sigma, mean = decoder(sequence[:, place], place, end)
         u[:, place] = torch.addcmul(mean, z[:, place], sigma)
-        sigmas[:, place] = sigma
+        sigmas[:, place] = sigma.to(z.dtype)  # float64 noise may meet a float32 network
 
     steps = Steps(step, z.shape[1], 1, z.device)
     for i in range(z.shape[1]):
@@ -233,7 +249,7 @@ def decode_jacobi(
         new = torch.addcmul(mean, z[:, place], sigma)
         change = (new - u[:, place]).square().mean(-1).amax(0) / new.square().mean()
         u[:, place] = new
-        sigmas[:, place] = sigma
+        sigmas[:, place] = sigma.to(z.dtype)
         return sigma, mean, change
 
     steps, stop = Steps(step, tokens, window, z.device), StoppingRule(tolerance)
@@ -273,6 +289,7 @@ class StoppingRule:
 
     def __call__(self, change: Tensor) -> int:
         """change: (n,) mean square by which each token moved, relative; returns the tokens to release, 1 .. n."""
+        change = change.cpu()  # the only wait for a GPU; and a replayed graph overwrites the original
         if self.waiting is not None and len(self.waiting):
             moved = change[: len(self.waiting)].sum() / self.waiting.sum().clamp(min=1e-30)
             self.contraction = max(float(moved) ** 0.5, self.FORGET * self.contraction)
@@ -280,7 +297,7 @@ class StoppingRule:
         limit = self.tolerance * min(1.0, (max(0.0, 1 - g) / max(g, 1e-6)) ** 2)
         far = (change > limit).nonzero()
         released = min(int(far[0]) + 1, len(change)) if len(far) else len(change)
-        self.waiting = change[released:].clone()  # a replayed graph would overwrite it
+        self.waiting = change[released:]
         return released
 
 
@@ -304,15 +321,16 @@ def invert(
     # What an evaluation of each block costs: a costly block gets as much more of the tolerance, which is shared.
     costs = [layers * (2 if w else 1) for layers, w in zip(model.config.layers, guided, strict=True)]
     logdets = []
-    for k in reversed(range(len(model.blocks))):
-        block: Block = model.blocks[k]  # type: ignore[assignment]
-        rows = torch.cat([text, null_text]) if guided[k] and text is not None and null_text is not None else text
-        decoder = BlockDecoder(block, u.shape[1], rotary, rows, len(u), guided[k])
-        u = in_order(k, u)
-        if jacobi is None:
-            u, logdet = decode_sequential(decoder, u, progress)
-        else:
-            u, logdet = decode_jacobi(decoder, u, jacobi, jacobi.tolerance * costs[k] / sum(costs), progress)
-        u = in_order(k, u)
-        logdets.append(logdet)
+    with torch.autocast(u.device.type, enabled=False):  # caches and packed weights have the type of the weights
+        for k in reversed(range(len(model.blocks))):
+            block: Block = model.blocks[k]  # type: ignore[assignment]
+            rows = torch.cat([text, null_text]) if guided[k] and text is not None and null_text is not None else text
+            decoder = BlockDecoder(block, u.shape[1], rotary, rows, len(u), guided[k])
+            u = in_order(k, u)
+            if jacobi is None:
+                u, logdet = decode_sequential(decoder, u, progress)
+            else:
+                u, logdet = decode_jacobi(decoder, u, jacobi, jacobi.tolerance * costs[k] / sum(costs), progress)
+            u = in_order(k, u)
+            logdets.append(logdet)
     return InverseOutput(model.unpatchify(u, grid), logdets[::-1])

@@ -231,9 +231,12 @@ class Generator:
 
     def tokens(self, pictures: int, grid: Grid | None = None) -> int:
         """Tokens that sampling so many pictures reports to `progress`."""
+        return self.batch_tokens(grid) * -(-pictures // self.batch_size)
+
+    def batch_tokens(self, grid: Grid | None = None) -> int:
+        """Tokens that decoding one batch of any size reports to `progress`."""
         height, width = self.model.config.tokens(*(grid or self.model.config.grid))
-        batches = -(-pictures // self.batch_size)
-        return height * width * len(self.model.blocks) * batches
+        return height * width * len(self.model.blocks)
 
     def pictures(self, latents: Tensor, noisy: bool = False) -> list[Image.Image]:
         """Decodes latents (B, C, H, W). noisy: they carry the flow's noise; a fine-tuned decoder, if any, takes it."""
@@ -291,17 +294,30 @@ class Generator:
         return scores
 
     def interpolate(
-        self, images: tuple[Image.Image, Image.Image], captions: tuple[str, str], steps: int
+        self,
+        images: tuple[Image.Image, Image.Image],
+        captions: tuple[str, str],
+        steps: int,
+        progress: Progress = lambda tokens: None,
     ) -> list[Image.Image]:
-        """`steps` pictures from one image to the other, along the arc between their noises."""
+        """`steps` pictures, one batch, from one image to the other, along the arc between their noises."""
         x = self.latents(images, seed=None)
-        path = likelihood.interpolate(self.model, x, self.condition(captions), steps, Jacobi())
+        path = likelihood.interpolate(self.model, x, self.condition(captions), steps, Jacobi(), progress)
         return self.pictures(path)
 
     def inpaint(
-        self, image: Image.Image, mask: Image.Image, caption: str = "", rounds: int = 8, seed: int = 0
+        self,
+        image: Image.Image,
+        mask: Image.Image,
+        caption: str = "",
+        rounds: int = 8,
+        seed: int = 0,
+        progress: Progress = lambda tokens: None,
     ) -> Image.Image:
-        """Fills the white part of `mask` (scaled to the picture); a patch is filled if any of it is white."""
+        """Fills the white part of `mask` (scaled to the picture); a patch is filled if any of it is white.
+
+        Each round is one batch to `progress`.
+        """
         x = self.latents([image], seed=seed)
         height, width = self.model.config.tokens(*x.shape[2:])
         grey = mask.convert("L").resize((x.shape[3] * self.vae.downsampling, x.shape[2] * self.vae.downsampling))
@@ -310,7 +326,7 @@ class Generator:
         patch = self.model.config.patch
         cells = cells.repeat_interleave(patch, 2).repeat_interleave(patch, 3).to(self.device)
         text = self.condition([caption])
-        filled = likelihood.inpaint(self.model, x, cells, text, rounds, seed, Jacobi())
+        filled = likelihood.inpaint(self.model, x, cells, text, rounds, seed, Jacobi(), progress)
         if self.latent_noise:
             filled = denoise(self.model, filled, text, self.latent_noise)
         clean = self.latents([image], seed=None)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from starflow.decoding import Jacobi, invert
+from starflow.decoding import Jacobi, Progress, invert
 from starflow.model import STARFlow, in_order
 
 
@@ -61,9 +61,18 @@ def encode(model: STARFlow, x: Tensor, text: Tensor | None = None) -> Tensor:
 
 
 @torch.inference_mode()
-def decode(model: STARFlow, z: Tensor, text: Tensor | None = None, jacobi: Jacobi | None = None) -> Tensor:
-    """Noise to latents, the exact inverse of `encode` (within `jacobi.tolerance` if given)."""
-    return invert(model, z, text, jacobi=jacobi).x
+def decode(
+    model: STARFlow,
+    z: Tensor,
+    text: Tensor | None = None,
+    jacobi: Jacobi | None = None,
+    progress: Progress = lambda tokens: None,
+) -> Tensor:
+    """Noise to latents, the exact inverse of `encode` (within `jacobi.tolerance` if given).
+
+    progress: as in `starflow.sampling.sample`.
+    """
+    return invert(model, z, text, jacobi=jacobi, progress=progress).x
 
 
 def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
@@ -78,7 +87,14 @@ def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
 
 
 @torch.inference_mode()
-def interpolate(model: STARFlow, x: Tensor, text: Tensor | None, steps: int, jacobi: Jacobi | None = None) -> Tensor:
+def interpolate(
+    model: STARFlow,
+    x: Tensor,
+    text: Tensor | None,
+    steps: int,
+    jacobi: Jacobi | None = None,
+    progress: Progress = lambda tokens: None,
+) -> Tensor:
     """(steps, C, H, W) from x[0] to x[1] (2, C, H, W) along the arc between their noises.
 
     text: (2, L, E), the caption of each end; its states are blended linearly. Labels must agree.
@@ -95,7 +111,7 @@ def interpolate(model: STARFlow, x: Tensor, text: Tensor | None, steps: int, jac
         if text[0] != text[1]:
             raise ValueError(f"labels {text.tolist()} differ; labels cannot be blended")
         text = text[:1].expand(steps)
-    return decode(model, path, text, jacobi)
+    return decode(model, path, text, jacobi, progress)
 
 
 @torch.inference_mode()
@@ -107,6 +123,7 @@ def inpaint(
     rounds: int = 8,
     seed: int = 0,
     jacobi: Jacobi | None = None,
+    progress: Progress = lambda tokens: None,
 ) -> Tensor:
     """Fills the masked part of latents x (B, C, H, W) without training; the rest stays as it is.
 
@@ -132,7 +149,7 @@ def inpaint(
         step = 1 - 0.7 * index / rounds
         z = encode(model, best, text)
         moved = math.sqrt(1 - step**2) * z + step * normal()
-        proposal = torch.where(mask, decode(model, torch.where(mask, moved, z), text, jacobi), x)
+        proposal = torch.where(mask, decode(model, torch.where(mask, moved, z), text, jacobi, progress), x)
         new = score(model, proposal, text).nats
         accepted = torch.rand(len(x), generator=generator).to(new).log() < new - old
         best = torch.where(accepted.reshape(-1, 1, 1, 1), proposal, best)

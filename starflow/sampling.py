@@ -51,6 +51,8 @@ def sample(
             raise ValueError(f"guidance {guidance} needs null_text, the text encoder's states of the empty caption")
         if null_text.shape[0] == 1:
             null_text = null_text.expand(len(noise), -1, -1)
+    if not model.config.text_length:
+        null_text = None  # which stands for the "no label" embedding, in as many rows as there are
     jacobi = Jacobi(tolerance, window) if method == "jacobi" else None
     with torch.inference_mode():
         x = invert(model, noise, text, null_text, guidance, jacobi, progress).x

@@ -174,6 +174,12 @@ def test_encode_and_decode_are_inverse(folder: Path, pictures: Path, tmp_path: P
         assert np.abs(np.asarray(Image.open(file), int) - np.asarray(image, int)).max() <= 1
 
 
+def test_noise_of_another_shape_is_refused(folder: Path, tmp_path: Path, run) -> None:
+    save_file({"noise": torch.zeros(4, 16)}, tmp_path / "flat.safetensors")
+    with pytest.raises(StarflowError, match=r"flat.safetensors holds noise of shape \(4, 16\).*\(B, C, H, W\)"):
+        run("decode", tmp_path / "flat.safetensors", "-c", folder, "--folder", tmp_path)
+
+
 def test_pictures_of_several_shapes_are_scored_but_not_encoded_together(
     folder: Path, pictures: Path, tmp_path: Path, run
 ) -> None:

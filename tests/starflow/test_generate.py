@@ -157,13 +157,17 @@ def test_latents_get_the_training_noise() -> None:
 def test_interpolation_and_inpainting_give_pictures() -> None:
     made = generator()
     first, last = made.pictures(made.latents([picture(0), picture(1)], seed=None))
-    path = made.interpolate((picture(0), picture(1)), ("abc", ""), 4)
+    seen: list[int] = []
+    path = made.interpolate((picture(0), picture(1)), ("abc", ""), 4, seen.append)
+    assert sum(seen) == made.batch_tokens((4, 4))
     assert len(path) == 4
     for end, expected in ((path[0], first), (path[-1], last)):
         assert np.abs(np.asarray(end, int) - np.asarray(expected, int)).max() <= 8  # Jacobi's tolerance
     mask = Image.new("L", (8, 8))
     mask.paste(255, (4, 4, 8, 8))
-    filled = np.asarray(made.inpaint(picture(0), mask, "abc", rounds=2), int)
+    seen.clear()
+    filled = np.asarray(made.inpaint(picture(0), mask, "abc", rounds=2, progress=seen.append), int)
+    assert sum(seen) == 2 * made.batch_tokens((4, 4))
     assert np.array_equal(filled[:4], np.asarray(first, int)[:4])
     assert not np.array_equal(filled[4:, 4:], np.asarray(first, int)[4:, 4:])
 
@@ -171,7 +175,7 @@ def test_interpolation_and_inpainting_give_pictures() -> None:
 def test_class_numbers_are_prompts() -> None:
     made = generator(replace(LABELS, channels=4))
     assert made.condition(["3", ""]).tolist() == [3, 5]
-    assert len(made.sample(["3"])) == 1
+    assert len(made.sample(["3", "", "1"])) == 3
     with pytest.raises(ConfigError, match=r"'cat'.*0 to 4"):
         made.sample(["cat"])
 

@@ -48,6 +48,17 @@ def test_recorded_steps_equal_the_steps_themselves(dtype: torch.dtype, monkeypat
     torch.testing.assert_close(recorded[0], sample(*arguments), rtol=limit, atol=limit)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_graphs_are_recorded_on_the_gpu_of_the_flow() -> None:
+    """The last GPU, while the first one is current and has recorded before."""
+    drawn = []
+    for device in ("cuda:0", f"cuda:{torch.cuda.device_count() - 1}"):
+        flow = random_flow(TEXT).to(device)
+        noise, text = (x.to(device) for x in inputs(TEXT))
+        drawn.append(sample(flow, noise, text).cpu())
+    torch.testing.assert_close(drawn[1], drawn[0], rtol=1e-4, atol=1e-4)
+
+
 def test_a_step_is_recorded_once_a_bucket() -> None:
     runs = []
     total = torch.zeros(64, device="cuda")

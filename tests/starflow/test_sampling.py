@@ -212,6 +212,31 @@ def test_progress_counts_every_token(method: str) -> None:
     assert sum(seen) == 3 * 16
 
 
+@pytest.mark.parametrize("method", ["sequential", "jacobi"])
+@pytest.mark.parametrize("fixed", [False, True])
+def test_float64_noise_and_autocast_change_nothing(method: str, fixed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The network runs in the type of its weights, whatever surrounds it and whatever the noise is."""
+    flow = random_flow(TEXT)
+    noise, text = inputs(TEXT)
+    arguments = (text, text[:1] * 0, 2.0, method, 1e-12)
+    expected = sample(flow, noise, *arguments)  # type: ignore[arg-type]
+    if fixed:
+        fixed_shapes(monkeypatch)
+    wide = sample(flow, noise.double(), *arguments)  # type: ignore[arg-type]
+    assert wide.dtype == torch.float64
+    with torch.autocast("cpu", torch.bfloat16):
+        surrounded = sample(flow, noise, *arguments)  # type: ignore[arg-type]
+    for x in (wide.float(), surrounded):
+        torch.testing.assert_close(x, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_guided_labels_need_no_null_label() -> None:
+    flow = random_flow(LABELS)
+    noise, labels = inputs(LABELS, batch=3)
+    expected = sample(flow, noise, labels, guidance=2.0)
+    assert torch.equal(sample(flow, noise, labels, torch.tensor([LABELS.classes]), 2.0), expected)
+
+
 def test_samples_are_float32_in_a_bfloat16_network() -> None:
     flow = random_flow(TEXT, std=0.05)
     noise, text = inputs(TEXT)
