@@ -64,6 +64,7 @@ def test_pictures_that_are_gone_or_broken_have_empty_captions(store: ObjectStore
             assert captioner.captions("work/", pictures, [""] * 4) == ["A red square.", "", "A blue square.", ""]
 
 
+@pytest.mark.slow
 def test_a_model_captions_on_ray_and_survives_the_death_of_an_actor(store: ObjectStore, tmp_path: Path) -> None:
     (tmp_path / "blip").mkdir()
     save_tiny_blip(tmp_path / "blip")

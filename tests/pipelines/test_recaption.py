@@ -236,6 +236,15 @@ def test_it_goes_on_top_of_what_others_publish(
     assert captions(store, load_snapshot(store), tmp_path / "cache") == expected() + expected(100)
 
 
+@pytest.mark.parametrize("setting", ["weight=-1", "weight=.inf", "other_weights={alt-text: -2}",
+                                     "other_weights={alt-text: .nan}"])  # fmt: skip
+def test_weights_that_no_reader_takes_are_refused(store: ObjectStore, vae_folder: str, setting: str) -> None:
+    first = publish(store, parent=None, parts=[add_part(store, vae_folder)], image_size=16)
+    with pytest.raises(ConfigError, match="weight"):
+        CliRunner().invoke(app, ["recaption", "--store", store.url, setting], catch_exceptions=False)
+    assert load_snapshot(store).id == first.id
+
+
 def test_takedown_takes_the_new_captions_too(
     store: ObjectStore, vae_folder: str, endpoint: Endpoint, tmp_path: Path
 ) -> None:
@@ -253,6 +262,7 @@ def test_takedown_takes_the_new_captions_too(
     assert batch.text[:, 0, 0].tolist() == [len(caption) for caption in batch.captions]
 
 
+@pytest.mark.slow
 def test_the_command_with_a_model_on_ray(
     store: ObjectStore, vae_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

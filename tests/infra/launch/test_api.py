@@ -16,6 +16,7 @@ import pytest
 
 from infra.launch import (
     AlreadyLaunchedError,
+    Launch,
     LaunchConfig,
     active,
     logs,
@@ -25,8 +26,9 @@ from infra.launch import (
     stop,
     submit,
 )
+from infra.launch.hosts import LocalLauncher
 from infra.processes import descendants, wait_until
-from starflow.errors import ConfigError, NotFoundError
+from starflow.errors import ConfigError, NotFoundError, StarflowError
 from starflow.objectstore import ObjectStore
 from tests.training.run_helpers import lines
 from training.config import TrainConfig
@@ -76,6 +78,20 @@ def test_unknown_runs(store: ObjectStore) -> None:
         newest(store.url, "nothing")
 
 
+def test_machines_of_a_launch_that_failed_half_way_are_asked_to_leave(
+    make_config: Make, store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def one_host_is_down(self: LocalLauncher, launch: Launch) -> dict[str, Any]:
+        raise StarflowError("no route to gpu2")
+
+    monkeypatch.setattr(LocalLauncher, "submit", one_host_is_down)
+    with pytest.raises(StarflowError, match="gpu2"):
+        submit(make_config(), CPU)
+    assert [info.key for info in store.list("runs/test/launches/") if info.key.endswith("/stop")]
+    assert active(store.url, "test") is None
+
+
+@pytest.mark.slow
 def test_kill_stop_and_resume(make_config: Make, store: ObjectStore, tmp_path: Path) -> None:
     """The command line submits; the supervisor is killed, launched again, stopped, launched again to the end."""
     config = make_config(steps=3000, checkpoint_every=5, validation_every=3000)
