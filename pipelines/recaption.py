@@ -13,7 +13,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Annotated, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -33,6 +33,9 @@ from starflow.snapshots import CaptionLayer, Part, Snapshot, TextStates, load_sn
 
 KIND, VERSION = "caption-layer", 1
 
+#: How often a layer is drawn, relative to the others of its sample.
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
 #: Takes the same events as that of a refresh.
 OnEvent = Callable[[dict[str, Any]], None]
 
@@ -48,8 +51,8 @@ class RecaptionConfig(CaptionConfig):
         description="An OpenAI-compatible http(s) endpoint, or the Hugging Face id or path of an image-to-text model; "
         "empty: only the weights change.",
     )
-    weight: float = Field(1.0, title="Weight", description="How often training draws the new captions.", ge=0)
-    other_weights: dict[str, float] = Field(
+    weight: Weight = Field(1.0, title="Weight", description="How often training draws the new captions.")
+    other_weights: dict[str, Weight] = Field(
         {}, title="Other weights", description="New weights of the captions that are there, by origin: {alt-text: 0.2}."
     )
     replace: bool = Field(

@@ -224,14 +224,14 @@ def takedown(
     from starflow.errors import ConfigError
     from starflow.objectstore import open_store
     from starflow.removal import take_down
-    from starflow.takedowns import Takedowns, parse_entry
+    from starflow.takedowns import Takedowns, check_entry, parse_entry
 
     entries = [(kind, value) for kind, values in (("url", url), ("host", host), ("id", id)) for value in values or ()]
     if file is not None:
         entries += [parse_entry(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     if not entries:
         raise ConfigError("nothing to take down; name it with --url, --host, --id or --file")
-    removal = take_down(open_store(store), Takedowns(entries))
+    removal = take_down(open_store(store), Takedowns(check_entry(*entry) for entry in entries))
     answer: dict[str, Any] = {
         "snapshot": removal.snapshot.id,
         "parent": removal.snapshot.parent,
@@ -242,7 +242,10 @@ def takedown(
         print_json(answer)
     else:
         print(f"snapshot {answer['snapshot']}: {removal.removed:,} samples removed, {answer['total']:,} left")
-        print(f"their bytes go with: starflow snapshots gc --store {store}")
+        if not removal.removed:
+            print("the newest snapshot held none of them; they are recorded, and stay out of later ones")
+        if removal.snapshot.withdrawn:
+            print(f"their bytes go with: starflow snapshots gc --store {store}")
 
 
 def _print_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from pydantic import Field, TypeAdapter
+from pydantic import Field, TypeAdapter, ValidationError
 
 from starflow import manifest
 from starflow.config import Config
@@ -143,6 +143,10 @@ def publish(
         return parent
     counts = _counts(parent, parts, added)
     listed = _PARTS.dump_json(tuple(parts), indent=1)
+    try:
+        _PARTS.validate_json(listed)  # what no reader takes would close the store to everybody
+    except ValidationError as error:
+        raise StoreError(f"these parts could not be read back, so nothing is published: {error}") from error
     part_list = manifest.put(store, f"partlists/{hashlib.sha256(listed).hexdigest()[:32]}.json", listed)
     body: dict[str, Any] = {
         "number": parent.number + 1 if parent else 1,

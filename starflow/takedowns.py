@@ -72,6 +72,16 @@ def parse_entry(line: str) -> tuple[str, str]:
     return ("id" if re.fullmatch("[0-9a-fA-F]{64}", text) else "host"), text
 
 
+def check_entry(kind: str, value: str) -> tuple[str, str]:
+    """The entry. Raises ConfigError for an id or a host that no sample can have, which would take nothing down."""
+    if kind == "id" and not re.fullmatch("[0-9a-fA-F]{64}", value):
+        raise ConfigError(f"takedown of id {value!r}: a sample id has 64 hexadecimal digits; see samples.parquet")
+    hosts = {host_of(f"http://{value}/"), host_of(f"http://[{value}]/")} - {""}
+    if kind == "host" and value.lower() not in hosts:
+        raise ConfigError(f"takedown of host {value!r}: write a name or address alone, such as example.org, or a URL")
+    return kind, value
+
+
 def host_of(url: str) -> str:
     """The host of a URL, lower case, without its port; empty for text that is no URL."""
     try:

@@ -95,6 +95,22 @@ def test_takedown_reads_a_list(store, tmp_path):
         run("takedown", "--store", store)
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--id", "abc"), ("--host", "http://h1/"), ("--host", "h1:80"), ("--host", "h1/4"), ("--host", "")],
+)
+def test_takedown_of_what_no_sample_can_be_is_refused(store, option, value):
+    with pytest.raises(ConfigError, match="takedown of"):
+        run("takedown", option, value, "--store", store)
+    assert len(json.loads(run("snapshots", "list", "--store", store, "--json"))) == 2
+
+
+def test_takedown_says_when_nothing_matched(store):
+    assert "held none" in run("takedown", "--host", "elsewhere.example", "--store", store)
+    assert "held none" in run("takedown", "--host", "::1", "--store", store)
+    assert "gc --store" in run("takedown", "--host", "h1", "--store", store)
+
+
 def test_preview_writes_a_page_and_grids(store, tmp_path, vae_folder):
     answer = json.loads(run("preview", "--store", store, "--out", str(tmp_path / "out"), "--count", "10", "--json"))
     assert answer["samples"] == 10

@@ -10,6 +10,7 @@ from starflow.manifest import put
 from starflow.objectstore import open_store
 from starflow.snapshots import (
     ArraySpec,
+    CaptionLayer,
     Part,
     list_snapshots,
     load_snapshot,
@@ -84,6 +85,15 @@ def test_of_racing_publishers_one_wins_and_the_others_are_told(store):
     assert newest.number == 2
     assert outcomes.count(newest.id) == 1
     assert all("run the same command again" in text for text in outcomes if text != newest.id)
+
+
+def test_what_no_reader_could_load_is_not_published(store):
+    part = make_part(store, "a")
+    layer = CaptionLayer(origin="alt-text", version="1", weight=1.0, captions=part.samples)
+    wrong = part.model_copy(update={"captions": (layer.model_copy(update={"weight": -2.0}),)})
+    with pytest.raises(StoreError, match="nothing is published"):
+        publish(store, parent=None, parts=[wrong], image_size=32)
+    assert newest_snapshot(store) is None
 
 
 def test_refusals_name_the_thing(store):
