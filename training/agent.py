@@ -11,12 +11,13 @@ import os
 import signal
 import sys
 
-from training.processes import die_with_parent
+from training.processes import PARENT, die_with_parent
 
 
 def main() -> None:
     """Runs torchrun in this process; exit status 0 only if all ranks ended with 0."""
     die_with_parent()
+    os.environ[PARENT] = str(os.getpid())  # of the ranks
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 
 from training.launch import Outcome, Report, read_heartbeats, read_reports
-from training.processes import kill_group
+from training.processes import PARENT, kill_group
 
 #: Seconds between looks at the ranks, and until a dead rank's peers have said what they know.
 POLL, GRACE = 0.2, 2.0
@@ -68,6 +68,7 @@ class Crew:
             "PYTHONUNBUFFERED": "1",
             **({"GLOO_SOCKET_IFNAME": "lo"} if self.loopback else {}),
             **os.environ,
+            PARENT: str(os.getpid()),
             # With the shared store torchrun loses ranks when it is started again (c10d rendezvous).
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         }
@@ -133,14 +134,15 @@ class Crew:
 def end_processes(torchrun: subprocess.Popen[bytes], folder: Path) -> None:
     """Ends torchrun and every rank of the attempt; returns when they are gone."""
     pids = [pid for pid, _ in read_heartbeats(folder).values()] if folder.exists() else []
-    workers = [psutil.Process(pid) for pid in pids if _alive(pid)]
+    family = {psutil.Process(pid) for pid in pids if _alive(pid)}
     if torchrun.poll() is None:
+        family |= set(psutil.Process(torchrun.pid).children(recursive=True))  # ranks that have no heartbeat yet, too
         kill_group(torchrun.pid)
-    for worker in workers:
+    for process in family:
         with contextlib.suppress(psutil.NoSuchProcess):
-            worker.kill()
+            process.kill()
     torchrun.wait()
-    psutil.wait_procs(workers, timeout=10)
+    psutil.wait_procs(family, timeout=10)
 
 
 def _ask_to_stop(beats: dict[int, tuple[int, float]]) -> None:

@@ -12,11 +12,16 @@ from pathlib import Path
 import psutil
 
 _PR_SET_PDEATHSIG = 1
+#: Variable in which a process tells those that it starts its id: it may end before they have asked who it was.
+PARENT = "STARFLOW_PARENT"
 
 
 def die_with_parent() -> None:
-    """Asks Linux to SIGKILL this process when its parent ends, however that ends."""
-    parent = os.getppid()
+    """Asks Linux to SIGKILL this process when its parent ends, however that ends; ends it if that has happened.
+
+    The parent is the process that `PARENT` names, whose end during this one's imports would otherwise go unseen.
+    """
+    parent = int(os.environ.get(PARENT, os.getppid()))
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)  # the parent ended before the request was in place

@@ -1,0 +1,21 @@
+"""Processes end with the one that started them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from training.processes import PARENT
+
+SCRIPT = "from training.processes import die_with_parent; die_with_parent(); print('alive')"
+
+
+@pytest.mark.parametrize("starter", [None, "this", "ended"])
+def test_a_process_whose_starter_ended_while_it_was_importing_ends(starter):
+    own = {None: {}, "this": {PARENT: str(os.getpid())}, "ended": {PARENT: "999999999"}}[starter]
+    rest = {name: value for name, value in os.environ.items() if name != PARENT}
+    done = subprocess.run([sys.executable, "-c", SCRIPT], env=rest | own, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == ((1, "") if starter == "ended" else (0, "alive\n"))
