@@ -139,8 +139,11 @@ def read_announcement(store: ObjectStore, run: str, launch: str) -> Announcement
 
 
 def stop_key(run: str, launch: str) -> str:
-    """The object whose presence asks every machine of a launch to save and leave for good."""
-    return f"runs/{run}/launches/{launch}/stop"
+    """The object whose presence asks every machine of a launch to save and leave for good.
+
+    A job that was re-queued is LAUNCH.COUNT to its machines (infra/launch/slurm.py); whoever stops it knows LAUNCH.
+    """
+    return f"runs/{run}/launches/{launch.partition('.')[0]}/stop"
 
 
 def free_port() -> int:

@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Callable
 
-from starflow.errors import AlreadyExistsError, ChangedError, StarflowError, StoreError
+from starflow.errors import AlreadyExistsError, ChangedError, NotFoundError, StoreError
 from starflow.objectstore import ObjectStore
 from training.processes import is_gone
 
@@ -61,13 +61,13 @@ class Lease:
             self.store.delete([self.key])
 
     def holder(self) -> tuple[str, float] | None:
-        """(owner, expiry) or None when there is no lease."""
+        """(owner, expiry) or None when there is no lease that can be read as one; a store that is away raises."""
         if self.store.head(self.key) is None:
             return None
         try:
             lease = json.loads(self.store.read(self.key))
             return str(lease["owner"]), float(lease["expires"])
-        except (StarflowError, ValueError, KeyError, TypeError):
+        except (NotFoundError, ValueError, KeyError, TypeError):
             return None
 
     def is_held(self) -> bool:

@@ -71,7 +71,7 @@ class Supervisor:
             if news and news.outcome:
                 return news.outcome
             now = time.monotonic()
-            if news and news.attempt > done and self.owner in news.members:
+            if news and news.attempt > done and self.owner in news.members[1:]:  # its own, as the first, is over
                 done = news.attempt
                 self._follow(news)
             elif now - tried > 2 * FOLLOW_POLL and (self.place.node == 0 or now - began > HEAD_START):
@@ -115,6 +115,10 @@ class Supervisor:
             if outcome != "preempted":  # a machine that leaves says nothing of the others
                 self._announce(Announcement(launch=self.place.launch, attempt=self.events.attempts, outcome=outcome))
             return outcome
+        except LeaseHeldError:
+            if self.place.nodes > 1:
+                return None
+            raise
         finally:
             renewing.set()
             renewer.join()
@@ -283,6 +287,7 @@ class Supervisor:
 
     def _announce(self, news: Announcement) -> None:
         if self.place.nodes > 1:
+            self.lease.check()  # a machine that was cut off must not speak for the others
             announce(self.store, self.config.run, news)
 
     def _renew(self, done: threading.Event) -> None:
@@ -315,4 +320,7 @@ class Supervisor:
         self._stop.set()
 
     def _tell(self, kind: str, message: str, committed: int | None = None) -> None:
+        if self._lost:  # the events are the new writer's
+            console.print(f"run {self.config.run}: {message}", highlight=False, soft_wrap=True, markup=False)
+            return
         self.events.add(kind, message, max(1, self.events.attempts), committed)

@@ -10,8 +10,17 @@ import pytest
 from starflow.checkpoints import list_steps
 from starflow.errors import ConfigError
 from tests.training.run_helpers import command, lines, ranks_of, tensors, train, until
-from training.cluster import Announcement, Place, place_from_environment, stop_key, with_ranks
-from training.events import read_events
+from training.cluster import (
+    Announcement,
+    Place,
+    place_from_environment,
+    read_announcement,
+    stop_key,
+    with_ranks,
+)
+from training.events import Events, read_events
+from training.lease import Lease, LeaseHeldError
+from training.supervisor import Supervisor
 
 
 def environment(node, **more):
@@ -67,6 +76,25 @@ def test_rendezvous():
     assert not news.on_one_machine
     assert news.model_copy(update={"members": ("b",)}).torchrun("b") == ["--standalone"]
     assert news.model_copy(update={"master": "127.0.0.1:4000"}).on_one_machine
+
+
+def test_a_job_that_was_requeued_finds_the_request_to_stop_its_launch():
+    assert stop_key("r", "20260102T030405-0123abcd.3") == stop_key("r", "20260102T030405-0123abcd")
+
+
+def test_a_machine_that_was_cut_off_is_silent(make_config, store):
+    """It neither announces anything nor writes over the events of the one that leads now."""
+    config = make_config(ranks=2)
+    late = Supervisor(config, Place(nodes=2, launch="one"))
+    late.events = Events(store, config.run)
+    Lease(store, config.run, "elsewhere:1:1").acquire()
+    Events(store, config.run).add("started", "attempt 1", 1, None)
+    with pytest.raises(LeaseHeldError, match="taken over by elsewhere:1:1"):
+        late._announce(Announcement(launch="one", attempt=1, outcome="failed"))
+    assert read_announcement(store, config.run, "one") is None
+    late._lost = "taken over"
+    late._tell("failed", "taken over")
+    assert [event["kind"] for event in read_events(store, config.run)] == ["started"]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@ import time
 
 import pytest
 
+from starflow.errors import StoreError
 from starflow.objectstore import open_store
 from training.lease import Lease, LeaseHeldError
 from training.processes import identity, is_gone
@@ -35,6 +36,22 @@ def test_expiry_and_dead_owners_free_the_lease(tmp_path):
     began = time.monotonic()
     Lease(store, "q", identity()).acquire()
     assert time.monotonic() - began < 1
+
+
+def test_a_store_that_is_away_does_not_free_the_lease(tmp_path, monkeypatch):
+    store = open_store(str(tmp_path))
+    lease = Lease(store, "r", "elsewhere:1:1")
+    lease.acquire()
+
+    def away(key, *span):
+        raise StoreError("away")
+
+    monkeypatch.setattr(store, "read", away)
+    for ask in (lease.check, Lease(store, "r", "elsewhere:2:1").acquire):
+        with pytest.raises(StoreError, match=r"^away$"):
+            ask()
+    monkeypatch.undo()
+    lease.check()
 
 
 def test_identity():
