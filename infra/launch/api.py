@@ -90,8 +90,12 @@ def submit(config: TrainConfig, launch: LaunchConfig) -> Launch:
     config = resolve(open_store(config.store), config)
     key = f"{folder_key(config.run, prepared.id)}/config.json"
     open_store(config.store).write(key, config.model_dump_json(indent=1).encode())
-    submitted = prepared.model_copy(update={"handle": target.submit(prepared)})
-    record(submitted)
+    try:
+        submitted = prepared.model_copy(update={"handle": target.submit(prepared)})
+        record(submitted)
+    except BaseException:  # machines that have started all the same find this, and leave
+        open_store(config.store).write(stop_key(prepared.run, prepared.id), b"")
+        raise
     return submitted
 
 
