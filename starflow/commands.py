@@ -244,6 +244,7 @@ def typicality(
     generator = _open(checkpoint, device)
     rows = _typicality_rows(generator, _image_paths(images), _image_paths([reference]), level, seed)
     if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
         with out.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()

@@ -70,6 +70,7 @@ def sampling_flops(config: FlowConfig, guided: bool = True, evaluations: float =
         attended = 2 * width * (block.sequence**2 - block.prefix**2)
         steps = block.layers * (24 * width**2 * image + attended) + image * 6 * token * width
         prefill = block.layers * (24 * width**2 * block.prefix + 2 * width * block.prefix**2)
+        prefill += 2 * block.prefix * config.text_width * width
         total += rows * (steps * evaluations + prefill)
     return total
 

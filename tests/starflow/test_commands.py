@@ -202,8 +202,19 @@ def test_interpolate_inpaint_typicality(folder: Path, pictures: Path, tmp_path: 
     assert run("inpaint", first, tmp_path / "mask.png", "-c", folder, "-o", out, "--rounds", 1)[0] == 0
     Image.new("RGB", (32, 32), "white").save(tmp_path / "flat.png")
     code, answer = run(
-        "typicality", tmp_path / "flat.png", "-c", folder, "--reference", pictures, "--json", "--level", 0.3
+        "typicality",
+        tmp_path / "flat.png",
+        "-c",
+        folder,
+        "--reference",
+        pictures,
+        "--json",
+        "--level",
+        0.3,
+        "-o",
+        tmp_path / "new" / "table.csv",
     )
+    assert len((tmp_path / "new" / "table.csv").read_text().splitlines()) == 2
     assert code == 0
     (judged,) = json.loads(answer)
     assert judged["outlier"]

@@ -33,6 +33,12 @@ def test_forward_flops_are_those_that_run(config) -> None:
     assert counted == flops.forward_flops(config) - attention
 
 
+@pytest.mark.parametrize("name", list(PRESETS))
+def test_one_evaluation_a_token_costs_one_forward_pass(name: str) -> None:
+    config = PRESETS[name]
+    assert flops.sampling_flops(config, guided=False) == pytest.approx(flops.forward_flops(config), rel=1e-9)
+
+
 def test_guided_batch_of_eight_fits_24_gib() -> None:
     assert flops.sampling_memory(PRESETS["t2i-256"], 8) < 20 * 2**30
 
