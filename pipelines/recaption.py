@@ -87,11 +87,15 @@ class FinishedLayer(Config):
 def recaption(config: RecaptionConfig, on_event: OnEvent = lambda event: None) -> RecaptionResult:
     """Publishes the snapshot with a new caption layer, other weights, or both.
 
-    On top of whatever others publish meanwhile, where the snapshot is `newest`. Raises ConfigError for a snapshot that
-    is not the newest, CaptionError when the captioner fails for good, and StoreError.
+    On top of whatever others publish meanwhile, where the snapshot is `newest`. Raises ConfigError for a request of
+    nothing and a snapshot that is not the newest, CaptionError when the captioner fails for good, and StoreError.
     """
     if config.captioner == "alt":
         raise ConfigError("captioner=alt: a snapshot has its alt texts already; name an endpoint or a model")
+    if not config.captioner and not config.other_weights:
+        raise ConfigError(
+            "nothing to change: name a captioner, or other_weights={ORIGIN: WEIGHT} of the captions there"
+        )
     store = open_store(config.store)
     run = _Run(store, config, on_event)
     while True:

@@ -237,8 +237,8 @@ def test_it_goes_on_top_of_what_others_publish(
 
 
 @pytest.mark.parametrize("setting", ["weight=-1", "weight=.inf", "other_weights={alt-text: -2}",
-                                     "other_weights={alt-text: .nan}"])  # fmt: skip
-def test_weights_that_no_reader_takes_are_refused(store: ObjectStore, vae_folder: str, setting: str) -> None:
+                                     "other_weights={alt-text: .nan}", "weight=2"])  # fmt: skip
+def test_weights_that_mean_nothing_are_refused(store: ObjectStore, vae_folder: str, setting: str) -> None:
     first = publish(store, parent=None, parts=[add_part(store, vae_folder)], image_size=16)
     with pytest.raises(ConfigError, match="weight"):
         CliRunner().invoke(app, ["recaption", "--store", store.url, setting], catch_exceptions=False)
