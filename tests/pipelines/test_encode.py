@@ -169,6 +169,29 @@ def test_a_shard_finished_twice_is_the_same_shard(store, vae_folder):
     assert encode(store, [table], config(vae_folder), "crawl/work") == result
 
 
+def test_a_batch_that_does_not_fit_is_halved(store, vae_folder, monkeypatch):
+    encoder = ShardEncoder(store.url, config(vae_folder, vae_batch=8), "crawl/work")
+    pixels = np.stack([fit(decode_image(picture(number, 20, 20)), 16, 16) for number in range(7)])
+    whole, fits, asked = encoder._encode(pixels), 2, []
+    vae, _ = encoder.encoders
+    real = vae.encode
+
+    def small(batch):
+        asked.append(len(batch))
+        if len(batch) > fits:
+            raise torch.OutOfMemoryError
+        return real(batch)
+
+    monkeypatch.setattr(vae, "encode", small)
+    for ours, expected in zip(encoder._encode(pixels), whole, strict=True):
+        np.testing.assert_allclose(ours, expected, atol=1e-3)
+    assert asked == [7, 4, 2, 2, 3, 2, 1]
+    assert encoder.batch_size == fits
+    fits = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        encoder._encode(pixels)
+
+
 def test_text_states_of_every_caption_are_stored(store, vae_folder, tmp_path, monkeypatch):
     class FakeText:
         identity, length, width = TextIdentity(name="fake", sha256="2"), 3, 5
