@@ -54,14 +54,14 @@ set -u
 export STARFLOW_LAUNCH="$STARFLOW_LAUNCH.${{SLURM_RESTART_COUNT:-0}}"
 
 # Before the time limit and at a preemption: every supervisor saves and leaves with status {PREEMPTED_STATUS}.
-trap 'scancel --signal=TERM "$SLURM_JOB_ID"' USR1 TERM
+trap 'interrupted=1; scancel --signal=TERM "$SLURM_JOB_ID"' USR1 TERM
 
 # shellcheck disable=SC2016 # each task's own variables
 srun --no-kill --kill-on-bad-exit=0 --wait=0 bash -c {shlex.quote(task.strip())} &
 steps=$!
-status=0
-wait "$steps" || status=$?
-while kill -0 "$steps" 2>/dev/null; do # a signal ended the wait, not the supervisors
+interrupted=1
+while [ "$interrupted" -eq 1 ]; do # a signal ends the wait, not the supervisors; bash keeps their status meanwhile
+  interrupted=0
   status=0
   wait "$steps" || status=$?
 done

@@ -24,8 +24,9 @@ Make = Callable[..., Launch]
 TASK = (
     "bash",
     "-c",
-    "echo task $STARFLOW_NODE_RANK of $STARFLOW_NODES at $STARFLOW_ADDRESS launch $STARFLOW_LAUNCH;"
-    " trap 'exit 75' TERM; while true; do sleep 0.05; done",
+    "trap 'exit 75' TERM;"
+    " echo task $STARFLOW_NODE_RANK of $STARFLOW_NODES at $STARFLOW_ADDRESS launch $STARFLOW_LAUNCH;"
+    " while true; do sleep 0.05; done",
 )
 #: srun: a task a node, each in a session of its own; exit status: the highest of them.
 SRUN = """
