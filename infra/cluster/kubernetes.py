@@ -46,7 +46,7 @@ def _namespace(settings: ClusterSettings) -> list[Manifest]:
             "kind": "ServiceAccount",
             "metadata": metadata(settings, SERVICE_ACCOUNT) | {"annotations": {"eks.amazonaws.com/role-arn": role}},
         },
-        {  # neither Prefect nor Ray's dashboard asks who you are: nobody outside the namespace reaches them
+        {  # Prefect does not ask who you are: nobody outside the namespace reaches it, or Ray
             "apiVersion": "networking.k8s.io/v1",
             "kind": "NetworkPolicy",
             "metadata": metadata(settings, "inside-only"),

@@ -109,7 +109,8 @@ def _next(settings: ClusterSettings) -> str:
     """What to type, in order."""
     space = settings.namespace
     secrets = "\n".join(
-        f"kubectl -n {space} create secret generic {name} --from-literal={key}=$(openssl rand -hex 24)"
+        f"openssl rand -hex 24 | tr -d '\\n' | "  # never on a command line, which all users of the machine see
+        f"kubectl -n {space} create secret generic {name} --from-file={key}=/dev/stdin"
         for name, key in ((DATABASE_SECRET, "password"), (RAY_SECRET, "auth_token"))
     )
     scale = (
