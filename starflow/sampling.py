@@ -68,10 +68,10 @@ def draw_noise(seed: int, index: int, shape: tuple[int, int, int]) -> Tensor:
 def denoise(model: STARFlow, x: Tensor, text: Tensor | None, noise_std: float) -> Tensor:
     """x + noise_std^2 * gradient of log p(x | text): the expected clean latent (Tweedie), (B, C, H, W).
 
-    noise_std: the Gaussian noise that training added to the latents. Needs memory for one backward pass
-    through the activations of the batch; the weights need no gradient.
+    noise_std: the Gaussian noise that training added to the latents. The backward pass recomputes each layer, so that
+    a batch that fits while it is drawn fits here, too; the weights need no gradient.
     """
-    with torch.enable_grad(), _frozen(model):
+    with torch.enable_grad(), _for_its_input(model):
         x = x.detach().clone().requires_grad_()
         log_likelihood = -model(x, text).nll.sum() * x[0].numel()
         (score,) = torch.autograd.grad(log_likelihood, x)
@@ -79,13 +79,16 @@ def denoise(model: STARFlow, x: Tensor, text: Tensor | None, noise_std: float) -
 
 
 @contextmanager
-def _frozen(model: STARFlow) -> Iterator[None]:
-    """Parameters need no gradient inside."""
+def _for_its_input(model: STARFlow) -> Iterator[None]:
+    """Inside, gradients go to the input alone, and activations are recomputed."""
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    checkpointing = model.checkpointing
     try:
+        model.checkpointing = "full"
         for parameter in learning:
             parameter.requires_grad_(False)
         yield
     finally:
+        model.checkpointing = checkpointing
         for parameter in learning:
             parameter.requires_grad_(True)
