@@ -14,6 +14,7 @@ from pipelines.config import RefreshConfig
 from pipelines.ledger import Ledger, get_table
 from pipelines.plan import Batch, Plan, Workspace, is_blocked
 from pipelines.revalidation import LEFT
+from starflow.errors import NotFoundError
 from starflow.objectstore import open_store
 from starflow.snapshots import Snapshot, load_snapshot, newest_snapshot, snapshot_numbers
 from starflow.takedowns import Takedowns
@@ -56,9 +57,16 @@ class RefreshState:
         newest = newest_snapshot(self.store)
         self.takedowns_ref = newest.takedowns if newest else None
         self.takedowns = Takedowns.load(self.store, self.takedowns_ref)
-        # The snapshot that the refresh was planned on, also when there are newer ones by now.
-        planned_on = self.plans[0].parent if self.plans else None
-        self.parent = (load_snapshot(self.store, planned_on) if planned_on else None) if self.plans else newest
+        self.parent = self._planned_on(newest) if self.plans else newest
+
+    def _planned_on(self, newest: Snapshot | None) -> Snapshot | None:
+        """The snapshot that the refresh was planned on, also when there are newer ones by now; or, when garbage
+        collection has deleted it meanwhile, the newest."""
+        name = self.plans[0].parent
+        try:
+            return load_snapshot(self.store, name) if name else None
+        except NotFoundError:
+            return newest
 
     @property
     def name(self) -> str:
@@ -67,7 +75,8 @@ class RefreshState:
 
     def find_published(self) -> Snapshot | None:
         """The snapshot that this refresh has published already, when it was killed right after."""
-        after = self.parent.number if self.parent else 0
+        planned_on = self.plans[0].parent if self.plans else None
+        after = int(planned_on.partition("-")[0]) if planned_on else 0
         for number in snapshot_numbers(self.store):
             if number > after:
                 snapshot = load_snapshot(self.store, str(number))
