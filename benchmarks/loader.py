@@ -236,8 +236,6 @@ def rates(folder: Path, data: tuple[np.ndarray, np.ndarray, list[str]], store: s
         remote = (url, folder / "s3-cache", count, *COLD_ORDER)
         found.append(("STARFlow, S3, cold cache, opening included", in_process(ours, *remote, True)))
         found.append(("STARFlow, S3, warm cache", in_process(ours, *remote)))
-        shutil.rmtree(folder / "s3-cache")
-        found.append(("STARFlow, S3, cold cache", in_process(ours, *remote)))
     for name, write_samples, read in (
         ("webdataset", write_webdataset, webdataset),
         ("streaming", write_mosaic, mosaic),

@@ -1,7 +1,7 @@
 """What becomes of a picture that a refresh has before and asks for again: it stays, or it leaves the next snapshot.
 
-A server that is down, slow or refuses us says nothing about the picture. 404, 410 and 451 do, an opt-out does, and so
-does any other answer than the bytes that it gave before.
+A server that is down, slow or refuses us says nothing about the picture, nor does a page in its place, such as a notice
+of maintenance. 404, 410 and 451 do, an opt-out does, and so does another picture than it gave before.
 """
 
 from __future__ import annotations
@@ -30,8 +30,7 @@ def left_rows(fetched: pa.Table) -> pa.Table:
     status = fetched["status"]
     failed = pc.equal(status, "failed")
     reason = pc.if_else(pc.equal(status, "opt_out"), "opted_out", "")
-    other = pc.or_(pc.equal(status, "ok"), pc.and_(failed, pc.equal(fetched["http"], 200)))
-    reason = pc.if_else(other, "changed", reason)
+    reason = pc.if_else(pc.equal(status, "ok"), "changed", reason)
     gone = pc.and_(failed, pc.is_in(fetched["http"], pa.array(GONE, pa.int16())))
     reason = pc.if_else(gone, "gone", reason)
     leaves = pc.and_(fetched["sampled"], pc.not_equal(reason, ""))
