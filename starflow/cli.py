@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from starflow.errors import REINSTALL, StarflowError
+from starflow.errors import REINSTALL, UNAVAILABLE_STATUS, StarflowError, UnavailableError
 
 #: Errors of the operating system that speak of a folder, not of a bug.
 STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR}
@@ -113,6 +113,7 @@ def main() -> NoReturn:
         if debug:
             raise
         print(f"error: {_explain(error)}", file=sys.stderr)
+        sys.exit(UNAVAILABLE_STATUS if isinstance(error, UnavailableError) else 1)
     sys.exit(1)
 
 

@@ -3,6 +3,9 @@
 #: The remedy for a missing or half-installed package.
 REINSTALL = "install it with: pip install -c constraints.txt -e '.[demo]'"
 
+#: Exit status of a command that the store gave no answer to (EX_IOERR of sysexits.h): worth another try, unlike 1.
+UNAVAILABLE_STATUS = 74
+
 
 class StarflowError(Exception):
     """Base of every error that the command line prints as one sentence, without a traceback."""
@@ -14,6 +17,10 @@ class ConfigError(StarflowError):
 
 class StoreError(StarflowError):
     """An object-store operation that failed for good, after its retries."""
+
+
+class UnavailableError(StoreError):
+    """The store gave no answer for as long as an operation is retried: the same may work later."""
 
 
 class AlreadyExistsError(StoreError):

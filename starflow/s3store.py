@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from starflow.errors import AlreadyExistsError, ChangedError, ConfigError, NotFoundError, StoreError
+from starflow.errors import AlreadyExistsError, ChangedError, ConfigError, NotFoundError, StoreError, UnavailableError
 from starflow.objectstore import ObjectInfo, ObjectStore, file_sha256
 
 #: Objects above this size go up in parts, each with its own checksum.
@@ -202,7 +202,7 @@ class S3Store(ObjectStore):
                 elapsed = time.monotonic() - started
                 if elapsed > (DEADLINE_SECONDS if self._answered else FIRST_DEADLINE_SECONDS):
                     amount = "" if size is None else f" ({size} bytes)"
-                    raise StoreError(
+                    raise UnavailableError(
                         f"cannot {operation} {self.url}/{key}{amount} after {attempt} attempts in {elapsed:.0f} s: "
                         f"{error}; check that the endpoint {self.client.meta.endpoint_url} is up"
                     ) from error

@@ -69,7 +69,7 @@ class KubernetesLauncher:
             {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
             {"action": "Ignore", "onExitCodes": _codes(PREEMPTED_STATUS)},
         ]
-        # 1: the run has failed for good, as its events say.
+        # 1: the run has failed for good, as its events say. A store that is away (74) costs one of the retries.
         final = [{"action": "FailJob", "onExitCodes": _codes(1)}]
         return {
             "apiVersion": "batch/v1",

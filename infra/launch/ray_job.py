@@ -15,6 +15,7 @@ from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from infra.processes import end_with_parent
+from starflow.errors import UNAVAILABLE_STATUS
 from starflow.objectstore import open_store
 from training.cluster import stop_key
 from training.launch import PREEMPTED_STATUS
@@ -92,7 +93,7 @@ class Job:
             print(f"machine {node} was lost: {error}", flush=True)
             self._start(group, node)  # Ray brings it up when the bundle has a node again
             return 0
-        if status == PREEMPTED_STATUS and self._store.head(self._stop_key) is None:
+        if status in (PREEMPTED_STATUS, UNAVAILABLE_STATUS) and self._store.head(self._stop_key) is None:
             self._start(group, node)
             return 0
         return status

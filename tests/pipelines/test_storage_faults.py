@@ -130,13 +130,18 @@ def test_the_command_without_its_store_says_so(tmp_path: Path, s3_url: str) -> N
         port = free.getsockname()[1]
     arguments = ["--urls", str(tmp_path / "list.txt"), "--allow-host", "127.0.0.1"]
     cases = [
-        (s3_url, {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}, f"check that the endpoint http://127.0.0.1:{port}"),
-        (s3_url, {"AWS_SECRET_ACCESS_KEY": "wrong"}, "refuses these credentials"),
-        ("s3://no-such-bucket", {}, "bucket no-such-bucket does not exist; create it"),
+        (
+            s3_url,
+            {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"},
+            f"check that the endpoint http://127.0.0.1:{port}",
+            74,
+        ),
+        (s3_url, {"AWS_SECRET_ACCESS_KEY": "wrong"}, "refuses these credentials", 1),
+        ("s3://no-such-bucket", {}, "bucket no-such-bucket does not exist; create it", 1),
     ]
-    for store, environment, sentence in cases:
+    for store, environment, sentence, status in cases:
         finished = run_command("--store", store, *arguments, **environment)
-        assert finished.returncode == 1
+        assert finished.returncode == status
         assert finished.stdout == ""
         errors = [line for line in finished.stderr.splitlines() if line.strip()]
         assert sentence in errors[-1], finished.stderr

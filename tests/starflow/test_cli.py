@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -40,3 +41,16 @@ def test_only_debug_shows_the_traceback(tmp_path: Path, debug: bool) -> None:
 def test_storage_errors_name_the_file() -> None:
     code = "import starflow.cli as c; print(c._explain(OSError(28, 'No space left on device', '/x/y')))"
     assert run(code=code).stdout.startswith("No space left on device: /x/y; free space")
+
+
+def test_a_store_that_does_not_answer_has_a_status_of_its_own() -> None:
+    code = (
+        "import starflow.s3store as s3store; s3store.FIRST_DEADLINE_SECONDS = 0.0; "
+        "from starflow.cli import main; main()"
+    )
+    away = {"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_REGION": "x"}
+    keys = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x"}
+    command = [sys.executable, "-c", code, "snapshots", "list", "--store", "s3://bucket"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, env=os.environ | away | keys)
+    assert result.returncode == 74
+    assert "check that the endpoint http://127.0.0.1:9 is up" in result.stderr

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from starflow import s3store
-from starflow.errors import AlreadyExistsError, ChangedError, ConfigError, NotFoundError, StoreError
+from starflow.errors import AlreadyExistsError, ChangedError, ConfigError, NotFoundError, StoreError, UnavailableError
 from starflow.objectstore import LocalStore, ObjectStore, open_store
 
 
@@ -127,7 +127,7 @@ def test_unreachable_endpoint_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, "x")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setattr(s3store, "FIRST_DEADLINE_SECONDS", 0.5)
-    with pytest.raises(StoreError, match=r"cannot read s3://bucket/k .*127\.0\.0\.1:9"):
+    with pytest.raises(UnavailableError, match=r"cannot read s3://bucket/k .*127\.0\.0\.1:9"):
         open_store("s3://bucket").read("k")
 
 
