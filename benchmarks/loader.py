@@ -26,7 +26,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from train_step import cell, machine, write
 
 from infra.stack import LocalStack
 from starflow import manifest
@@ -253,6 +252,8 @@ def rates(folder: Path, data: tuple[np.ndarray, np.ndarray, list[str]], store: s
 
 
 def main() -> None:
+    from train_step import cell, machine, write  # with torch, whose memory is not the reader's
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=40_000)
     parser.add_argument("--store", help="an empty S3 store, instead of a local one started for this")
