@@ -178,7 +178,7 @@ ANSWERS: dict[str, tuple[Answer, str, str]] = {
     "gone": (("failed", "http_410", None, 410), "gone", "failed"),
     "illegal": (("failed", "http_451", None, 451), "gone", "failed"),
     "robots": (("opt_out", "robots_txt"), "opted_out", "opt_out"),
-    "text": (("failed", "not_an_image", None, 200), "changed", "failed"),
+    "page": (("failed", "not_an_image", None, 200), "", "failed"),
     "too small": (png(60, size=8), "changed", "ok"),
     "forbidden": (("failed", "http_403", None, 403), "", "failed"),
     "down": (("retry", "http_503", None, 503), "", "retry"),
