@@ -181,8 +181,8 @@ class SshLauncher(ShellLauncher):
 
     def _machines(self, launch: Launch) -> Sequence[tuple[str, str]]:
         hosts = self._settings.hosts[: launch.launch.nodes]
-        addresses = self._settings.addresses or [host.rpartition("@")[2] for host in hosts]
-        return list(zip(hosts, addresses, strict=False))
+        addresses = self._settings.addresses[: len(hosts)] or [host.rpartition("@")[2] for host in hosts]
+        return list(zip(hosts, addresses, strict=True))
 
     def _shell(self, host: str) -> list[str]:
         return ["ssh", "-o", "BatchMode=yes", *self._settings.options, host, "sh", "-s"]
