@@ -55,6 +55,7 @@ def train(**parameters: Any) -> dict[str, Any]:
     command = launch_command(settings, where)
     get_run_logger().info("the same from a shell: %s", command)
     page = RunPage(config, where, command)
+    import_what_a_page_needs()
     launch = active(config.store, config.run)
     if launch is not None:  # this flow's process had died, not the training
         get_run_logger().info("run %s is at work, launched at %s: following it", config.run, launch.submitted)
@@ -72,6 +73,12 @@ def train(**parameters: Any) -> dict[str, Any]:
     if end["state"] == "preempted":
         raise StarflowError(f"training saved and stopped as asked; run it again to go on: {command}")
     raise StarflowError(f"training ended as {end['state']}: {end['message'] or 'see the log'}; to go on: {command}")
+
+
+def import_what_a_page_needs() -> None:
+    """Before there is anything to stop: an import that a cancellation has interrupted cannot be made again."""
+    import matplotlib.backends.backend_agg
+    import matplotlib.figure  # noqa: F401
 
 
 def plain(parameters: dict[str, Any]) -> dict[str, Any]:

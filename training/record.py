@@ -38,6 +38,16 @@ def run_key(run: str) -> str:
     return f"runs/{run}/run.json"
 
 
+def samples_key(run: str, step: int) -> str:
+    """Key of the grid of pictures drawn after `step`."""
+    return f"runs/{run}/samples/{step:09d}.png"
+
+
+def list_samples(store: ObjectStore, run: str) -> list[str]:
+    """Keys of the run's grids, oldest first."""
+    return [info.key for info in store.list(f"runs/{run}/samples/")]
+
+
 def _checked(store: ObjectStore, config: TrainConfig) -> TrainConfig:
     """With its snapshot fixed, which the model fits."""
     flow = architecture(config)

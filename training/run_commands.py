@@ -85,8 +85,7 @@ def describe_run(store: str, run: str, brief: bool = False) -> dict[str, Any]:
     from starflow.errors import NotFoundError
     from starflow.objectstore import open_store
     from training.events import read_events
-    from training.record import RUN_KIND, RUN_VERSION, run_key
-    from training.samples import list_samples
+    from training.record import RUN_KIND, RUN_VERSION, list_samples, run_key
 
     opened = open_store(store)
     try:

@@ -24,21 +24,12 @@ from training.conditions import Conditioner
 from training.config import TrainConfig
 from training.ema import EMA
 from training.engine import Engine
+from training.record import list_samples, samples_key
 
 log = logging.getLogger(__name__)
 
 #: Guidance of the pictures, and the width to which small ones are enlarged, so that their captions can be read.
 GUIDANCE, SHOWN_WIDTH = 2.0, 96
-
-
-def samples_key(run: str, step: int) -> str:
-    """Key of the grid drawn after `step`."""
-    return f"runs/{run}/samples/{step:09d}.png"
-
-
-def list_samples(store: ObjectStore, run: str) -> list[str]:
-    """Keys of the run's grids, oldest first."""
-    return [info.key for info in store.list(f"runs/{run}/samples/")]
 
 
 def earlier_samples(store: ObjectStore, run: str, step: int) -> Iterator[tuple[int, Image.Image]]:

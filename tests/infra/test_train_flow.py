@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shlex
+import subprocess
+import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,6 +51,26 @@ def test_the_command_says_the_same_as_the_form(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr("infra.launch.submit", lambda *given: submitted.append(given) or fake)
     CliRunner().invoke(launch_app, [*arguments, "--json"], catch_exceptions=False)
     assert submitted == [(load_config(TrainConfig, None, assignments(settings)), where)]
+
+
+def test_the_flow_imports_no_torch_while_it_follows(tmp_path: Path) -> None:
+    """A cancellation in the middle of that import would leave nothing with which to show what was saved."""
+    code = f"""
+import sys
+from infra.flows import describe_run, import_what_a_page_needs
+from starflow import manifest
+from starflow.objectstore import open_store
+from training.record import RUN_KIND, RUN_VERSION, run_key
+
+import_what_a_page_needs()
+before = set(sys.modules)
+config = {{"steps": 1, "preset": "emoji", "snapshot": "a"}}
+manifest.commit(open_store({str(tmp_path)!r}), run_key("a"), RUN_KIND, RUN_VERSION, {{"config": config}})
+assert describe_run({str(tmp_path)!r}, "a")["step"] is None
+print([name for name in set(sys.modules) - before if name.startswith(("torch", "numpy", "matplotlib"))])
+"""
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert finished.stdout.strip() == "[]", finished.stderr
 
 
 class _Launched:

@@ -27,8 +27,9 @@ from training.conditions import make_conditioner
 from training.ema import EMA
 from training.engine import Engine
 from training.metrics import MetricsLog, read_metrics
+from training.record import list_samples
 from training.run_commands import describe_run
-from training.samples import SampleGrids, earlier_samples, list_samples, vae_for_samples
+from training.samples import SampleGrids, earlier_samples, vae_for_samples
 
 
 def work(rank, port, config, folder):
