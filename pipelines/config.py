@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from pipelines.aspect import ASPECT_RATIOS, AspectRatio
 from pipelines.guard import FetchPolicy
 from pipelines.sources import Columns
 from starflow import __version__
 from starflow.config import Config
+from starflow.urls import host_name
 
 #: The name that robots.txt and X-Robots-Tag rules address us by.
 AGENT_TOKEN = "starflow"
@@ -212,6 +213,11 @@ class RefreshConfig(Config):
         ge=1,
         le=65536,
     )
+
+    @field_validator("block_hosts")
+    @classmethod
+    def _canonical_hosts(cls, hosts: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(map(host_name, hosts))
 
     def columns(self) -> Columns:
         """The mapping of the list's columns."""

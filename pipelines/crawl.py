@@ -24,9 +24,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.guard import FetchPolicy
-from pipelines.urls import host_of
 from starflow.config import Config
 from starflow.errors import StarflowError
+from starflow.urls import host_of
 
 #: What a site says about its content, as opposed to a failure: recorded as an opt-out, never asked again.
 OPT_OUT_REASONS = frozenset(("x_robots_tag", "tdm_reservation", "robots_txt"))

@@ -18,8 +18,8 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
-from pipelines.urls import normalise
 from starflow.config import Config
+from starflow.urls import normalise
 
 REDIRECTS = frozenset((301, 302, 303, 307, 308))
 #: Answers that may differ next time; every other failure is final.

@@ -21,12 +21,12 @@ from pipelines.datasets import read_samples
 from pipelines.duplicates import DUPLICATES
 from pipelines.ledger import MOMENT, Ledger, Spill, get_table, put_table
 from pipelines.sources import list_files, read_rows
-from pipelines.urls import host_of, url_key
 from starflow import manifest
 from starflow.config import Config
 from starflow.errors import AlreadyExistsError, ConfigError
 from starflow.manifest import ObjectRef
 from starflow.objectstore import ObjectStore
+from starflow.urls import host_of, url_key
 
 KIND, VERSION = "refresh-plan", 1
 
@@ -250,9 +250,9 @@ def _unblocked(config: RefreshConfig, known: pa.Table) -> pa.Array:
 
 
 def is_blocked(url: str, hosts: Iterable[str]) -> bool:
-    """Whether the URL's host is one of `hosts` or below one."""
+    """Whether the URL's host is one of `hosts`, in their canonical spelling, or below one."""
     host = host_of(url)
-    return any(host == blocked.lower() or host.endswith(f".{blocked.lower()}") for blocked in hosts)
+    return any(host == blocked or host.endswith(f".{blocked}") for blocked in hosts)
 
 
 def _check_contact(config: RefreshConfig, rows: pa.Table) -> None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import re
-from collections.abc import Iterable, Sequence
-from urllib.parse import urlsplit
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -17,18 +16,21 @@ from starflow import manifest
 from starflow.errors import ConfigError
 from starflow.manifest import ObjectRef
 from starflow.objectstore import ObjectStore
+from starflow.urls import canonical, host_name, host_of
 
-#: What a removal can name: a sample id, an exact URL, or a host with all its subdomains.
+#: What a removal can name: a sample id, a URL in any of its spellings, or a host with all its subdomains.
 KINDS = ("id", "url", "host")
+#: (kind, value).
+Entry = tuple[str, str]
 
 
 class Takedowns:
-    """A set of (kind, value); asking about a sample takes a few look-ups."""
+    """A set of entries in their canonical spelling; asking about a sample takes a few look-ups."""
 
-    def __init__(self, entries: Iterable[tuple[str, str]] = ()) -> None:
-        self.entries = frozenset((kind, value.lower() if kind != "url" else value) for kind, value in entries)
-        unknown = {kind for kind, _ in self.entries} - set(KINDS)
-        if unknown:
+    def __init__(self, entries: Iterable[Entry] = ()) -> None:
+        self.entries = frozenset(map(_canonical, entries))
+        self._kinds = {kind for kind, _ in self.entries}
+        if unknown := self._kinds - set(KINDS):
             raise ConfigError(f"takedown by {sorted(unknown)} is not known; name an id, url or host")
 
     @classmethod
@@ -53,18 +55,37 @@ class Takedowns:
 
     def blocks(self, ids: Sequence[str | None], urls: Sequence[str | None]) -> NDArray[np.bool_]:
         """Which of the samples are taken down."""
+        return np.array([rule is not None for rule in self.rules(ids, urls)], bool)
+
+    def rules(self, ids: Sequence[str | None], urls: Sequence[str | None]) -> list[Entry | None]:
+        """For each sample the entry that takes it down, or None."""
         if not self.entries:
-            return np.zeros(len(ids), bool)
-        return np.array([self._blocked(id, url) for id, url in zip(ids, urls, strict=True)], bool)
+            return [None] * len(ids)
+        return [next(self._matching(id, url), None) for id, url in zip(ids, urls, strict=True)]
 
-    def _blocked(self, id: str | None, url: str | None) -> bool:
-        if (id and ("id", id.lower()) in self.entries) or (url and ("url", url) in self.entries):
-            return True
-        labels = host_of(url).split(".") if url else []
-        return any(("host", ".".join(labels[start:])) in self.entries for start in range(len(labels)))
+    def _matching(self, id: str | None, url: str | None) -> Iterator[Entry]:
+        if id and ("id", id.lower()) in self.entries:
+            yield "id", id.lower()
+        if url and "url" in self._kinds and ("url", canonical(url)) in self.entries:
+            yield "url", canonical(url)
+        labels = host_of(url).split(".") if url and "host" in self._kinds else []
+        for start in range(len(labels)):
+            if ("host", host := ".".join(labels[start:])) in self.entries:
+                yield "host", host
 
 
-def parse_entry(line: str) -> tuple[str, str]:
+def _canonical(entry: Entry) -> Entry:
+    """The entry as samples are compared with it; one that none can match as it stands."""
+    kind, value = entry
+    if kind == "url":
+        return kind, canonical(value)
+    try:
+        return kind, host_name(value) if kind == "host" else value.lower()
+    except ValueError:
+        return kind, value.lower()
+
+
+def parse_entry(line: str) -> Entry:
     """(kind, value) of a line of a removal list: a URL, 64 hexadecimal digits (a sample id), or a host."""
     text = line.strip()
     if "://" in text:
@@ -72,19 +93,11 @@ def parse_entry(line: str) -> tuple[str, str]:
     return ("id" if re.fullmatch("[0-9a-fA-F]{64}", text) else "host"), text
 
 
-def check_entry(kind: str, value: str) -> tuple[str, str]:
+def check_entry(kind: str, value: str) -> Entry:
     """The entry. Raises ConfigError for an id or a host that no sample can have, which would take nothing down."""
     if kind == "id" and not re.fullmatch("[0-9a-fA-F]{64}", value):
         raise ConfigError(f"takedown of id {value!r}: a sample id has 64 hexadecimal digits; see samples.parquet")
     hosts = {host_of(f"http://{value}/"), host_of(f"http://[{value}]/")} - {""}
-    if kind == "host" and value.lower() not in hosts:
+    if kind == "host" and _canonical((kind, value))[1] not in hosts:
         raise ConfigError(f"takedown of host {value!r}: write a name or address alone, such as example.org, or a URL")
     return kind, value
-
-
-def host_of(url: str) -> str:
-    """The host of a URL, lower case, without its port; empty for text that is no URL."""
-    try:
-        return urlsplit(url).hostname or ""
-    except ValueError:
-        return ""

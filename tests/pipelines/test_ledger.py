@@ -9,9 +9,9 @@ import pyarrow as pa
 import pytest
 
 from pipelines.ledger import PREFIX, SCHEMA, Ledger, Spill, newest, partition_of
-from pipelines.urls import url_key
 from starflow.errors import AlreadyExistsError, CorruptError
 from starflow.objectstore import LocalStore
+from starflow.urls import url_key
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 PARTITIONS = 4

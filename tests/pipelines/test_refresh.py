@@ -17,13 +17,13 @@ from pipelines.encode_plan import EncodeConfig
 from pipelines.ledger import Ledger, get_table
 from pipelines.plan import Workspace
 from pipelines.refresh import RefreshResult
-from pipelines.urls import url_key
 from starflow import manifest
 from starflow.errors import AlreadyExistsError, ConfigError, StarflowError
 from starflow.manifest import ObjectRef
 from starflow.objectstore import LocalStore, open_store
 from starflow.snapshots import list_snapshots, load_snapshot, newest_snapshot, publish
 from starflow.takedowns import Takedowns
+from starflow.urls import url_key
 from tests.pipelines.fake_crawl import Answer, Bench, fake_encode, png, url
 
 #: Two batches, each kind of outcome once.

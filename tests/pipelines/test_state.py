@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -31,3 +32,20 @@ def test_it_goes_on_when_the_snapshot_that_it_was_planned_on_is_deleted(
     second = bench.refresh(more)
     assert (second.parent, second.added, second.kept, second.total) == (removal.snapshot.id, 3, 4, 7)
     assert set(bench.web.requests.values()) == {1}
+
+
+def test_what_was_taken_down_does_not_come_back_under_another_spelling(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the URL, whose picture has changed meanwhile, nor a host."""
+    bench = Bench(tmp_path, monkeypatch)
+    bench.refresh(bench.write_list({url(n): png(n) for n in range(3)}))
+    spelled = "HTTP://Pictures.EXAMPLE:80/1.png#top"
+    removal = take_down(open_store(bench.store), Takedowns([("url", spelled), ("host", "Other.example.")]))
+    assert (removal.removed, removal.snapshot.counts.total) == (1, 2)
+    more = bench.write_list({spelled: png(11), "http://a.OTHER.example:80/": png(12), url(5): png(5)}, "more")
+    bench.now += timedelta(days=9)
+    before = bench.web.requests.total()
+    result = bench.refresh(more, revalidate_days=1)
+    assert (result.added, result.total, result.dropped) == (1, 3, {"takedown": 2})
+    assert bench.web.requests.total() == before + 1

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.urls import host_of, normalise, url_key
+from starflow.urls import host_of, normalise, url_key
 
 
 @pytest.mark.parametrize(
@@ -34,6 +34,13 @@ def test_what_is_no_url(url: str) -> None:
     with pytest.raises(ValueError):  # noqa: PT011 - the message is for the log
         normalise(url)
     assert len(url_key(url)) == 32
+
+
+def test_a_host_has_one_spelling() -> None:
+    spelled = ("http://Bücher.example./a", "https://xn--bcher-kva.EXAMPLE:8443", " http://xn--bcher-kva.example")
+    assert {host_of(url) for url in spelled} == {"xn--bcher-kva.example"}
+    assert host_of("http://[::1]:80/") == "::1"
+    assert (host_of("s3://bucket/key"), host_of("/a/file"), host_of("http://a..b/")) == ("bucket", "", "")
 
 
 @given(st.text(max_size=40))

@@ -1,7 +1,8 @@
-"""One spelling per URL: what the ledger is keyed by and what is asked of servers."""
+"""One spelling per URL: what the ledger is keyed by, what is asked of servers, and what a takedown names."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 from urllib.parse import quote, urlsplit, urlunsplit
@@ -24,15 +25,22 @@ def normalise(url: str) -> str:
         raise ValueError(f"scheme {scheme!r} is not http or https")
     if not parts.hostname or parts.username is not None or parts.password is not None:
         raise ValueError("no host, or credentials in the URL")
-    host, port = _ascii_host(parts.hostname), parts.port
+    host, port = host_name(parts.hostname), parts.port
+    if ":" in host:
+        host = f"[{host}]"
     if port is not None and port != _DEFAULT_PORTS[scheme]:
         host = f"{host}:{port}"
     return urlunsplit((scheme, host, _escape(parts.path) or "/", _escape(parts.query, "?"), ""))
 
 
-def _ascii_host(host: str) -> str:
+@functools.lru_cache(2**16)
+def host_name(host: str) -> str:
+    """The canonical spelling of a host alone: lower case, IDNA, no final dot; an IPv6 address as it stands.
+
+    Raises ValueError for what is no name.
+    """
     if ":" in host:
-        return f"[{host}]"
+        return host.lower()
     try:
         return host.rstrip(".").encode("idna").decode("ascii").lower()
     except UnicodeError as error:
@@ -44,21 +52,25 @@ def _escape(text: str, more: str = "") -> str:
     return quote(text, safe=_SAFE + more)
 
 
-def url_key(url: str) -> str:
-    """The ledger's key: 128 bits, as 32 hex digits, of the SHA-256 of the normalised URL.
-
-    What cannot be normalised is keyed as it stands, so that it is refused once and not again each night.
-    """
+def canonical(url: str) -> str:
+    """The normalised URL; what cannot be normalised, such as ``s3://``, as it stands."""
     try:
-        text = normalise(url)
+        return normalise(url)
     except ValueError:
-        text = url
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+        return url
+
+
+def url_key(url: str) -> str:
+    """The ledger's key: 128 bits, as 32 hex digits, of the SHA-256 of the canonical URL.
+
+    What cannot be normalised has a key, too, so that it is refused once and not again each night.
+    """
+    return hashlib.sha256(canonical(url).encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
 def host_of(url: str) -> str:
-    """Host name of a URL, in lower case; the empty string when it has none."""
+    """Host of a URL in its canonical spelling, without port; the empty string when it has none."""
     try:
-        return (urlsplit(url).hostname or "").lower()
+        return host_name(urlsplit(url.strip()).hostname or "")
     except ValueError:
         return ""
