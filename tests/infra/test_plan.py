@@ -71,6 +71,7 @@ def test_a_cpu_needs_a_measured_rate(tmp_path: Path) -> None:
     stages = make_plan(config, results=tmp_path).stages
     assert [stage.rate.value for stage in stages] == [100, 50, 0.1]
     assert {stage.rate.known for stage in stages} == {"measured"}
+    assert make_plan(PlanConfig(), results=tmp_path).stages[0].rate.known == "assumed"  # the web is not loopback
 
 
 def test_an_unknown_preset_and_machine_say_what_to_do() -> None:
