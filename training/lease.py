@@ -16,11 +16,11 @@ class LeaseHeldError(StoreError):
 
 
 class Lease:
-    """``runs/<run>/lease.json``: {"owner", "expires"} (seconds since the epoch)."""
+    """``runs/<run>/lease.json``: {"owner", "expires"} (seconds since the epoch); other names are other leases."""
 
-    def __init__(self, store: ObjectStore, run: str, owner: str, seconds: float = 30.0) -> None:
+    def __init__(self, store: ObjectStore, run: str, owner: str, seconds: float = 30.0, name: str = "lease") -> None:
         self.store, self.run, self.owner, self.seconds = store, run, owner, seconds
-        self.key = f"runs/{run}/lease.json"
+        self.key = f"runs/{run}/{name}.json"
 
     def acquire(
         self,
