@@ -123,7 +123,8 @@ def status(run: Run, store: Store, as_json: Json = False) -> None:
     if answer["message"]:
         print(answer["message"])
     for node in answer["nodes"]:
-        print(f"  machine {node['node']}  {node['state']:8} {node['host']}  {node['detail']}".rstrip())
+        state = "no answer" if node["state"] == "unknown" else node["state"]
+        print(f"  machine {node['node']}  {state:9} {node['host']}  {node['detail']}".rstrip())
 
 
 @launch.command()
@@ -148,7 +149,10 @@ def stop(
     timeout: Annotated[float, typer.Option(min=0, help="Seconds to save; then it is ended.")] = 120.0,
     as_json: Json = False,
 ) -> None:
-    """Save a checkpoint and stop on all machines. Launching again goes on from there."""
+    """Save a checkpoint and stop on all machines. Launching again goes on from there.
+
+    Exit status 1 if a machine is still at work or cannot be asked; the same command may be given again.
+    """
     from infra.launch import newest
     from infra.launch import stop as end
 
@@ -159,5 +163,16 @@ def stop(
         print_json(answer)
     else:
         print(f"{run}: {answer['state']}, step {answer['step']} of {answer['steps']}")
-    if answer["alive"]:
+    for node in (node for node in answer["nodes"] if node["node"] in answer["unreachable"]):
+        _warn(
+            f"machine {node['node']} {node['host']} cannot be asked whether it has stopped: {node['detail']}\n"
+            "  The request is in the store; the machine saves and leaves when it sees it. Stop again once it answers."
+        )
+    if answer["alive"] and not answer["unreachable"]:
+        _warn(f"{run} is still at work; look at starflow launch logs {run} --store {store}, then stop it again")
+    if answer["alive"] or answer["unreachable"]:
         raise typer.Exit(1)
+
+
+def _warn(text: str) -> None:
+    console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
@@ -24,9 +26,12 @@ from starflow.errors import NotFoundError, StarflowError
 from starflow.objectstore import open_store
 from training.cluster import stop_key
 from training.config import TrainConfig
+from training.events import read_events
+from training.lease import Lease, LeaseHeldError
+from training.processes import identity
 
-#: Seconds between looks at machines that were asked to stop.
-LOOK_EVERY = 0.25
+#: Seconds between looks at machines that were asked to stop; until killed ones are gone; to hand a launch over.
+LOOK_EVERY, KILL_SECONDS, SUBMIT_SECONDS = 0.25, 10.0, 120.0
 
 
 class AlreadyLaunchedError(StarflowError):
@@ -55,12 +60,12 @@ def launcher(launch: LaunchConfig) -> Launcher:
 def prepare(config: TrainConfig, launch: LaunchConfig) -> tuple[Launch, TrainConfig]:
     """What would be launched, and the run on all its ranks; starts and stores nothing."""
     now = datetime.now(UTC)
-    identity = f"{now:%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}"
+    name = f"{now:%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}"
     config = with_all_ranks(config, launch)
     store = open_store(config.store).url
-    url = f"{store}/{folder_key(config.run, identity)}/config.json"
+    url = f"{store}/{folder_key(config.run, name)}/config.json"
     prepared = Launch(
-        id=identity,
+        id=name,
         run=config.run,
         store=store,
         submitted=now.isoformat(timespec="milliseconds"),
@@ -76,25 +81,47 @@ def submit(config: TrainConfig, launch: LaunchConfig) -> Launch:
     """Launches the run, or its continuation, and returns at once.
 
     Raises ConfigError when run and launch do not fit, or the run was started with another configuration;
-    AlreadyLaunchedError when its newest launch is still at work.
+    AlreadyLaunchedError when its newest launch is still at work, or another one is being submitted.
     """
+    target = launcher(launch)
+    with _alone(config):
+        if running := active(config.store, config.run):
+            raise AlreadyLaunchedError(
+                f"run {config.run!r} was launched at {running.submitted} on {running.launch.on} and "
+                f"{_why_at_work(running)}; stop it first: starflow launch stop {config.run} --store {config.store}"
+            )
+        return _hand_over(target, *prepare(config, launch))
+
+
+@contextmanager
+def _alone(config: TrainConfig) -> Iterator[None]:
+    """One submits a run at a time: of two, the second finds the first at work."""
+    lease = Lease(open_store(config.store), config.run, identity(), SUBMIT_SECONDS, name="submitting")
+    try:
+        lease.acquire()
+    except LeaseHeldError as error:
+        owner, _ = lease.holder() or ("somebody", 0.0)
+        raise AlreadyLaunchedError(
+            f"run {config.run!r} is being launched by {owner} at this moment; "
+            f"see starflow launch status {config.run} --store {config.store}"
+        ) from error
+    try:
+        yield
+    finally:
+        lease.release()
+
+
+def _hand_over(target: Launcher, prepared: Launch, config: TrainConfig) -> Launch:
     from training.record import resolve
 
-    target = launcher(launch)
-    if running := active(config.store, config.run):
-        raise AlreadyLaunchedError(
-            f"run {config.run!r} was launched at {running.submitted} on {running.launch.on} and is still at work; "
-            f"stop it first: starflow launch stop {config.run} --store {config.store}"
-        )
-    prepared, config = prepare(config, launch)
-    config = resolve(open_store(config.store), config)
-    key = f"{folder_key(config.run, prepared.id)}/config.json"
-    open_store(config.store).write(key, config.model_dump_json(indent=1).encode())
+    store = open_store(config.store)
+    config = resolve(store, config)
+    store.write(f"{folder_key(config.run, prepared.id)}/config.json", config.model_dump_json(indent=1).encode())
     try:
         submitted = prepared.model_copy(update={"handle": target.submit(prepared)})
         record(submitted)
     except BaseException:  # machines that have started all the same find this, and leave
-        open_store(config.store).write(stop_key(prepared.run, prepared.id), b"")
+        store.write(stop_key(prepared.run, prepared.id), b"")
         raise
     return submitted
 
@@ -109,26 +136,32 @@ def newest(store: str, run: str) -> Launch:
 
 
 def active(store: str, run: str) -> Launch | None:
-    """The run's newest launch if any of its machines is at work or waits to be."""
+    """The run's newest launch if any of its machines is at work or waits to be, or may: see `status`."""
     try:
         launch = newest(store, run)
     except NotFoundError:
         return None
-    return launch if _alive(launcher(launch.launch).nodes(launch)) else None
+    return launch if _alive(launch, _nodes(launch)) else None
 
 
 def status(launch: Launch) -> dict[str, Any]:
     """Machines and run, as JSON types.
 
-    alive: whether a machine is at work or waits to be. state: pending, running, completed, preempted, failed, or
-    interrupted (it ended and nobody said why). message: what the supervisor said last.
+    alive: whether a machine is at work or waits to be; of those that cannot be asked, the store tells: the run is
+    being written, or has not begun and nobody asked it to stop. unreachable: machines of which nobody can say
+    whether they have ended. state: pending, running, completed, preempted, failed, or interrupted (it ended and
+    nobody said why). message: what the supervisor said last.
     """
     from training.run_commands import describe_run
 
-    nodes = launcher(launch.launch).nodes(launch)
+    nodes = _nodes(launch)
     run = describe_run(launch.store, launch.run)
     events = [event for event in run["events"] if event["time"] >= launch.submitted]
-    alive, unknown = _alive(nodes), any(node.state == "unknown" for node in nodes)
+    alive = _alive(launch, nodes)
+    state = _state(alive, run["state"], bool(events))
+    said_end = bool(events) and state in ("completed", "preempted", "failed")
+    alone = launch.launch.on == "local" or launch.launch.nodes == 1  # what the one machine said of its end counts
+    unsure = [] if said_end and alone else [node for node in nodes if node.state == "unknown"]
     return {
         "run": launch.run,
         "launch": launch.id,
@@ -138,7 +171,8 @@ def status(launch: Launch) -> dict[str, Any]:
         "ranks": launch.ranks,
         "nodes": [node.model_dump() for node in nodes],
         "alive": alive,
-        "state": run["state"] if unknown else _state(alive, run["state"], bool(events)),
+        "unreachable": [node.node for node in unsure],
+        "state": state,
         "step": run["step"],
         "steps": run["steps"],
         "message": events[-1]["message"] if events else "",
@@ -155,19 +189,26 @@ def logs(launch: Launch, node: int = 0, follow: bool = False) -> Iterator[str]:
 
 
 def stop(launch: Launch, seconds: float = 60.0) -> dict[str, Any]:
-    """Asks every machine to save and leave for good; ends those that have not after `seconds`. Returns the status."""
-    target = launcher(launch.launch)
+    """Asks every machine to save and leave for good; ends those that have not after `seconds`. Returns the status.
+
+    The request is in the store, too: machines that cannot be asked from here leave when they see it. May be repeated.
+    """
     open_store(launch.store).write(stop_key(launch.run, launch.id), b"")
-    target.stop(launch, force=False)
-    if not _wait_until_ended(target, launch, seconds):
-        target.stop(launch, force=True)
-        _wait_until_ended(target, launch, 10.0)
+    _end(launch, force=False)
+    if not _wait_until_ended(launch, seconds):
+        _end(launch, force=True)
+        _wait_until_ended(launch, KILL_SECONDS)
     return status(launch)
 
 
-def _wait_until_ended(target: Launcher, launch: Launch, seconds: float) -> bool:
+def _end(launch: Launch, force: bool) -> None:
+    with contextlib.suppress(StarflowError):  # its machines show as unreachable, with the same words
+        launcher(launch.launch).stop(launch, force)
+
+
+def _wait_until_ended(launch: Launch, seconds: float) -> bool:
     deadline, pause = time.monotonic() + seconds, LOOK_EVERY
-    while _alive(target.nodes(launch)):
+    while _alive(launch, _nodes(launch)):
         if time.monotonic() > deadline:
             return False
         time.sleep(pause)
@@ -175,8 +216,34 @@ def _wait_until_ended(target: Launcher, launch: Launch, seconds: float) -> bool:
     return True
 
 
-def _alive(nodes: list[Node]) -> bool:
-    return any(node.state in ("pending", "running") for node in nodes)
+def _nodes(launch: Launch) -> list[Node]:
+    """The machines as the target knows them; "unknown" where it cannot be asked."""
+    try:
+        return launcher(launch.launch).nodes(launch)
+    except StarflowError as error:
+        return [Node(node=node, host="", state="unknown", detail=str(error)) for node in range(launch.launch.nodes)]
+
+
+def _alive(launch: Launch, nodes: list[Node]) -> bool:
+    if any(node.state in ("pending", "running") for node in nodes):
+        return True
+    return any(node.state == "unknown" for node in nodes) and _may_be_at_work(launch)
+
+
+def _may_be_at_work(launch: Launch) -> bool:
+    """What the store says of machines that cannot be asked."""
+    store = open_store(launch.store)
+    if Lease(store, launch.run, "").is_held():
+        return True
+    begun = any(event["time"] >= launch.submitted for event in read_events(store, launch.run))
+    return not begun and store.head(stop_key(launch.run, launch.id)) is None
+
+
+def _why_at_work(launch: Launch) -> str:
+    silent = [node for node in _nodes(launch) if node.state == "unknown"]
+    if not silent:
+        return "is still at work"
+    return f"may be at work on machine {silent[0].node}, which cannot be asked ({silent[0].detail})"
 
 
 def _state(alive: bool, run: str, begun: bool) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import subprocess
@@ -114,9 +115,13 @@ class ShellLauncher:
         if self._out_of_reach(launch):
             return  # the request in the store reaches it, a few seconds later
         command = "kill -KILL" if force else "kill -TERM"
+
+        def end(process: dict[str, Any]) -> None:
+            with contextlib.suppress(StarflowError):  # `nodes` says so; the others are asked all the same
+                self._run(process["host"], self._if_alive(process, f"{command} {process['pid']}"))
+
         with ThreadPoolExecutor(min(32, launch.launch.nodes)) as pool:
-            processes = launch.handle["processes"]
-            list(pool.map(lambda p: self._run(p["host"], self._if_alive(p, f"{command} {p['pid']}")), processes))
+            list(pool.map(end, launch.handle["processes"]))
 
     def _out_of_reach(self, launch: Launch) -> str:
         """Why the machines cannot be asked from here, or nothing."""
@@ -185,7 +190,8 @@ class SshLauncher(ShellLauncher):
         return list(zip(hosts, addresses, strict=True))
 
     def _shell(self, host: str) -> list[str]:
-        return ["ssh", "-o", "BatchMode=yes", *self._settings.options, host, "sh", "-s"]
+        # Of an option given twice ssh takes the first: the time-out may be set to another.
+        return ["ssh", "-o", "BatchMode=yes", *self._settings.options, "-o", "ConnectTimeout=15", host, "sh", "-s"]
 
     def _variables(self, launch: Launch, node: int, address: str) -> dict[str, str]:
         return {**passed_variables(self._settings.environment), **place_variables(launch, node, address)}

@@ -9,10 +9,11 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import pytest
+from typer.testing import CliRunner
 
 from infra.launch import (
     AlreadyLaunchedError,
@@ -26,12 +27,16 @@ from infra.launch import (
     stop,
     submit,
 )
-from infra.launch.hosts import LocalLauncher
+from infra.launch.common import Node, NodeState
+from infra.launch.hosts import LocalLauncher, SshLauncher
+from infra.launch_command import launch as launch_app
 from infra.processes import descendants, wait_until
 from starflow.errors import ConfigError, NotFoundError, StarflowError
 from starflow.objectstore import ObjectStore
 from tests.training.run_helpers import lines
 from training.config import TrainConfig
+from training.events import Events
+from training.lease import Lease
 
 Make = Callable[..., TrainConfig]
 CPU = LaunchConfig(ranks_per_node=2)
@@ -89,6 +94,96 @@ def test_machines_of_a_launch_that_failed_half_way_are_asked_to_leave(
         submit(make_config(), CPU)
     assert [info.key for info in store.list("runs/test/launches/") if info.key.endswith("/stop")]
     assert active(store.url, "test") is None
+
+
+TWO_HOSTS = LaunchConfig(on="ssh", nodes=2, cluster={"hosts": ["one", "two"]})
+
+
+@pytest.fixture
+def hosts(monkeypatch: pytest.MonkeyPatch) -> dict[int, str]:
+    """Two hosts that nothing runs on; their states may be set, or taken away where nothing answers at all."""
+    states = {0: "running", 1: "running"}
+
+    def look(self: SshLauncher, launch: Launch) -> list[Node]:
+        if not states:
+            raise StarflowError("ssh is not installed here")
+        names = ("one", "two")
+        return [
+            Node(node=node, host=names[node], state=cast(NodeState, state), detail="no route" * (state == "unknown"))
+            for node, state in states.items()
+        ]
+
+    monkeypatch.setattr(SshLauncher, "submit", lambda self, launch: {})
+    monkeypatch.setattr(SshLauncher, "stop", lambda self, launch, force: None)
+    monkeypatch.setattr(SshLauncher, "nodes", look)
+    monkeypatch.setattr("infra.launch.api.KILL_SECONDS", 0.1)
+    return states
+
+
+def test_a_machine_that_cannot_be_asked_has_not_ended(
+    make_config: Make, store: ObjectStore, hosts: dict[int, str]
+) -> None:
+    config = make_config()
+    launch = submit(config, TWO_HOSTS)
+    hosts |= {0: "ended", 1: "unknown"}
+    assert status(launch)["alive"]  # nobody has heard of it yet
+    with pytest.raises(AlreadyLaunchedError, match=r"may be at work on machine 1, which cannot be asked \(no route\)"):
+        submit(config, TWO_HOSTS)
+    lease = Lease(store, "test", "elsewhere/boot/1:7:1.00", seconds=60)
+    lease.acquire()
+    Events(store, "test").add("started", "attempt 1", 1, None)
+    shown = CliRunner().invoke(launch_app, ["status", "test", "--store", store.url])
+    assert "machine 1  no answer two  no route" in shown.output
+    answer = stop(launch, 0)
+    assert (answer["alive"], answer["unreachable"], answer["state"]) == (True, [1], "running")
+
+    lease.release()
+    Events(store, "test").add("preempted", "saved", 1, None)
+    for _ in range(2):  # as often as one likes
+        said = CliRunner().invoke(launch_app, ["stop", "test", "--store", store.url])
+        assert said.exit_code == 1
+        assert "machine 1 two cannot be asked whether it has stopped: no route" in said.output
+    assert active(store.url, "test") is None  # the store is all that counts for going on
+    hosts[1] = "ended"
+    assert CliRunner().invoke(launch_app, ["stop", "test", "--store", store.url]).exit_code == 0
+
+
+def test_what_ran_elsewhere_has_said_that_it_ended(make_config: Make, store: ObjectStore) -> None:
+    """A local launch, looked at from another machine: only the store can tell."""
+    config, elsewhere = make_config(), {"place": "elsewhere/boot/1", "processes": [{"host": "localhost"}]}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LocalLauncher, "submit", lambda self, launch: elsewhere)
+        launch = submit(config, CPU)
+    assert status(launch)["unreachable"] == [0]
+    Events(store, "test").add("completed", "done", 1, 6)
+    answer = status(launch)
+    assert (answer["alive"], answer["unreachable"], answer["state"]) == (False, [], "completed")
+
+
+def test_a_target_that_does_not_answer_ends_nothing(
+    make_config: Make, store: ObjectStore, hosts: dict[int, str]
+) -> None:
+    launch = submit(make_config(), TWO_HOSTS)
+    hosts.clear()
+    answer = status(launch)
+    assert (answer["alive"], answer["unreachable"]) == (True, [0, 1])
+    assert answer["nodes"][0]["detail"] == "ssh is not installed here"
+    answer = stop(launch, 0)  # it had not begun: what starts now finds the request, and leaves
+    assert (answer["alive"], answer["unreachable"]) == (False, [0, 1])
+
+
+def test_of_two_launches_at_once_one_is_refused(make_config: Make, store: ObjectStore, hosts: dict[int, str]) -> None:
+    """The other is still handing over; what is found afterwards is the one that counts."""
+    other = Lease(store, "test", "elsewhere/boot/1:7:1.00", seconds=60, name="submitting")
+    other.acquire()
+    with pytest.raises(AlreadyLaunchedError, match=r"is being launched by elsewhere/boot/1:7:1\.00 at this moment"):
+        submit(make_config(), TWO_HOSTS)
+    assert not list(store.list("runs/test/launches/"))
+    other.release()
+    launch = submit(make_config(), TWO_HOSTS)
+    with pytest.raises(AlreadyLaunchedError, match="is still at work"):
+        submit(make_config(), TWO_HOSTS)
+    assert newest(store.url, "test") == launch
 
 
 @pytest.mark.slow

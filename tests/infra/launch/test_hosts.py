@@ -102,7 +102,7 @@ def test_ssh_keeps_secrets_off_command_lines(make_launch: Make, fake: Any, secre
     launcher = SshLauncher(launch.launch)
     check_life(launcher, launch)
     calls = [json.loads(line) for line in (tmp_path / "ssh.calls").read_text().splitlines()]
-    assert ["-o", "BatchMode=yes", "-p", "2222", "me@one", "sh", "-s"] in calls
+    assert ["-o", "BatchMode=yes", "-p", "2222", "-o", "ConnectTimeout=15", "me@one", "sh", "-s"] in calls
     assert not [call for call in calls if any(secret in argument for argument in call)]
     assert "export STARFLOW_ADDRESS=one\n" in launcher.render(launch)
     assert "export AWS_SECRET_ACCESS_KEY=...\n" in launcher.render(launch)
