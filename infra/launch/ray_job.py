@@ -7,6 +7,8 @@ import logging
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -15,13 +17,16 @@ from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from infra.processes import end_with_parent
-from starflow.errors import UNAVAILABLE_STATUS
+from starflow.checkpoints import list_steps
+from starflow.errors import UNAVAILABLE_STATUS, StoreError
 from starflow.objectstore import open_store
 from training.cluster import stop_key
 from training.launch import PREEMPTED_STATUS
 
-#: Seconds between looks at the machines and at the request to stop.
-LOOK_EVERY = 1.0
+#: Seconds between looks at the machines and at the request to stop; longest wait before a machine starts again.
+LOOK_EVERY, LONGEST_WAIT = 1.0, 60.0
+#: How often a machine is started again before the run has a new checkpoint: for about five minutes.
+MOST_RESTARTS = 10
 
 
 class Machine:
@@ -55,6 +60,26 @@ class Machine:
             self._process.terminate()
 
 
+class Restarts:
+    """How long each machine waits before it is started again; none is for ever.
+
+    A new checkpoint of the run, by whichever machines, gives all of them their attempts and short waits back.
+    """
+
+    def __init__(self, committed: Callable[[], int | None]) -> None:
+        """`committed`: the newest step; None where there is none or the store does not answer."""
+        self._committed, self._step = committed, committed()
+        self._counts: dict[int, int] = {}
+
+    def wait(self, node: int) -> float | None:
+        """Seconds, or None when the machine has used up its attempts."""
+        step = self._committed()
+        if step is not None and step != self._step:
+            self._step, self._counts = step, {}
+        count = self._counts[node] = self._counts.get(node, 0) + 1
+        return None if count > MOST_RESTARTS else min(LONGEST_WAIT, 2.0 ** (count - 1))
+
+
 class Job:
     """All machines of a launch."""
 
@@ -63,8 +88,10 @@ class Job:
         environment = plan["environment"]
         self._nodes = int(environment["STARFLOW_NODES"])
         self._store, self._stop_key = open_store(plan["store"]), stop_key(plan["run"], environment["STARFLOW_LAUNCH"])
+        self._restarts = Restarts(self._committed)
         self._machines: dict[int, Any] = {}
         self._running: dict[Any, int] = {}
+        self._waiting: dict[int, float] = {}  # machine: when it starts again
 
     def run(self) -> int:
         """Exit status: that of the machines, the worst of them."""
@@ -74,29 +101,58 @@ class Job:
         ray.get(group.ready())
         for node in range(self._nodes):
             self._start(group, node)
+        return self._watch(group)
+
+    def _watch(self, group: PlacementGroup) -> int:
         worst, stopping = 0, False
-        while self._running:
-            done, _ = ray.wait(list(self._running), timeout=LOOK_EVERY)
-            for reference in done:
-                worst = max(worst, self._finish(group, reference))
-            if not stopping and self._store.head(self._stop_key) is not None:
+        while self._running or self._waiting:
+            for reference in self._ended():
+                worst = max(worst, self._finish(reference))
+            if not stopping and self._stop_asked():
                 stopping = True
+                self._waiting.clear()
                 for machine in self._machines.values():
                     machine.stop.remote()
+            for node in [node for node, due in self._waiting.items() if time.monotonic() >= due]:
+                del self._waiting[node]
+                self._start(group, node)
         return worst
 
-    def _finish(self, group: PlacementGroup, reference: Any) -> int:
+    def _ended(self) -> list[Any]:
+        if not self._running:
+            time.sleep(LOOK_EVERY)
+            return []
+        return list(ray.wait(list(self._running), timeout=LOOK_EVERY)[0])
+
+    def _finish(self, reference: Any) -> int:
+        """Exit status that counts, or 0 for a machine that starts again."""
         node = self._running.pop(reference)
         try:
             status = int(ray.get(reference))
-        except RayActorError as error:
+        except RayActorError as error:  # Ray brings it up when the bundle has a node again
             print(f"machine {node} was lost: {error}", flush=True)
-            self._start(group, node)  # Ray brings it up when the bundle has a node again
-            return 0
-        if status in (PREEMPTED_STATUS, UNAVAILABLE_STATUS) and self._store.head(self._stop_key) is None:
-            self._start(group, node)
-            return 0
-        return status
+            status = PREEMPTED_STATUS
+        if status not in (PREEMPTED_STATUS, UNAVAILABLE_STATUS) or self._stop_asked():
+            return status
+        seconds = self._restarts.wait(node)
+        if seconds is None:
+            print(f"machine {node} left {MOST_RESTARTS} times without a new checkpoint: not started again", flush=True)
+            return status
+        print(f"machine {node} left with status {status}: starting it again in {seconds:g} s", flush=True)
+        self._waiting[node] = time.monotonic() + seconds
+        return 0
+
+    def _stop_asked(self) -> bool:
+        try:
+            return self._store.head(self._stop_key) is not None
+        except StoreError:  # asked again
+            return False
+
+    def _committed(self) -> int | None:
+        try:
+            return max(list_steps(self._store, self._plan["run"]), default=None)
+        except StoreError:
+            return None
 
     def _start(self, group: PlacementGroup, node: int) -> None:
         strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=node)

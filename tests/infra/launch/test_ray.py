@@ -10,18 +10,22 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+from unittest.mock import MagicMock
 
 import pytest
 
 from infra.launch import Launch, LaunchConfig, logs, status, stop, submit
 from infra.launch.ray import RayLauncher
+from infra.launch.ray_job import MOST_RESTARTS, Job, Restarts
 from infra.processes import wait_until
-from starflow.errors import StarflowError
+from starflow.errors import UNAVAILABLE_STATUS, StarflowError, UnavailableError
 from starflow.objectstore import ObjectStore
 from tests.training.run_helpers import lines
 from training.config import TrainConfig
+from training.launch import PREEMPTED_STATUS
 
 
 def test_lines_of_one_machine(make_launch: Callable[..., Launch], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,6 +49,84 @@ def test_no_cluster_is_one_sentence(make_launch: Callable[..., Launch]) -> None:
     launch = make_launch(on="ray", cluster={"address": "http://127.0.0.1:9"})
     with pytest.raises(StarflowError, match=r"no Ray cluster answers at http://127.0.0.1:9: .*set cluster.address"):
         RayLauncher(launch.launch).submit(launch)
+
+
+def test_restarts_wait_longer_each_time_until_the_run_goes_on() -> None:
+    step: list[int | None] = [7]
+    restarts = Restarts(lambda: step[0])
+    waits = [restarts.wait(0) for _ in range(MOST_RESTARTS + 1)]
+    assert waits[:4] == [1, 2, 4, 8]
+    assert waits[-2:] == [60, None]
+    assert restarts.wait(1) == 1
+    step[0] = None  # a store that does not answer shows no progress
+    assert restarts.wait(0) is None
+    step[0] = 8
+    assert restarts.wait(0) == 1
+
+
+class HereOnly(Job):
+    """A job whose machines leave at once, with the statuses given; the last one for ever."""
+
+    def __init__(self, plan: dict[str, Any], *statuses: int) -> None:
+        super().__init__(plan)
+        self.statuses, self.started = list(statuses), 0
+
+    def _start(self, group: Any, node: int) -> None:
+        self.started += 1
+        done: Future[int] = Future()
+        done.set_result(self.statuses.pop(0) if len(self.statuses) > 1 else self.statuses[0])
+        self._machines[node], self._running[done] = MagicMock(), node
+
+
+@pytest.fixture
+def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., HereOnly]:
+    monkeypatch.setattr("infra.launch.ray_job.LONGEST_WAIT", 0.01)
+    monkeypatch.setattr("infra.launch.ray_job.LOOK_EVERY", 0.01)
+    monkeypatch.setattr("ray.wait", lambda references, timeout: ([r for r in references if r.done()], []))
+    monkeypatch.setattr("ray.get", lambda reference: reference.result())
+    environment = {"STARFLOW_NODES": "1", "STARFLOW_LAUNCH": "l"}
+    plan = {"environment": environment, "store": str(tmp_path), "run": "r", "command": [], "cpus": 1, "gpus": 0}
+
+    def make(*statuses: int) -> HereOnly:
+        made = HereOnly(plan, *statuses)
+        made._start(None, 0)
+        return made
+
+    return make
+
+
+@pytest.mark.parametrize("status", [PREEMPTED_STATUS, UNAVAILABLE_STATUS])
+def test_a_machine_that_leaves_again_and_again_is_given_up(job: Callable[..., HereOnly], status: int) -> None:
+    made = job(status)
+    assert made._watch(cast(Any, None)) == status
+    assert made.started == 1 + MOST_RESTARTS
+
+
+def test_a_machine_starts_again_until_it_is_done(job: Callable[..., HereOnly]) -> None:
+    made = job(UNAVAILABLE_STATUS, PREEMPTED_STATUS, 0)
+    assert (made._watch(cast(Any, None)), made.started) == (0, 3)
+    made = job(UNAVAILABLE_STATUS, 1, 0)
+    assert (made._watch(cast(Any, None)), made.started) == (1, 2)
+
+
+def test_a_job_outlives_a_store_that_is_away(job: Callable[..., HereOnly], monkeypatch: pytest.MonkeyPatch) -> None:
+    made, asked = job(UNAVAILABLE_STATUS, 0), [0]
+
+    def away(*_: Any) -> None:
+        asked[0] += 1
+        raise UnavailableError("the store does not answer")
+
+    monkeypatch.setattr(type(made._store), "head", away)
+    monkeypatch.setattr(type(made._store), "list", away)
+    assert made._watch(cast(Any, None)) == 0
+    assert asked[0] >= 2
+
+
+def test_nothing_starts_again_after_the_request_to_stop(job: Callable[..., HereOnly]) -> None:
+    made = job(PREEMPTED_STATUS)
+    made._store.write(made._stop_key, b"")
+    assert made._watch(cast(Any, None)) == PREEMPTED_STATUS
+    assert made.started == 1
 
 
 def free_ports(count: int) -> list[int]:
