@@ -21,7 +21,6 @@ ROOT = Path(__file__).parent.parent
 #: Settings models by the command or form that takes them.
 SETTINGS = {
     "starflow refresh": "pipelines.config.RefreshConfig",
-    "refresh in Prefect: the gate": "pipelines.gate.GatedRefreshConfig",
     "backfill in Prefect": "pipelines.deployment.BackfillConfig",
     "cleanup in Prefect": "infra.cleanup.CleanupConfig",
     "starflow recaption": "pipelines.recaption.RecaptionConfig",
@@ -82,11 +81,8 @@ def settings() -> str:
 
 
 def _rows(model: Any) -> Iterator[tuple[str, str, str, str]]:
-    """A line for each field of the model's own; those it inherits stand where they are from."""
-    inherited = {name for base in model.__bases__ for name in getattr(base, "model_fields", {})}
+    """A line for each field."""
     for name, field in model.model_fields.items():
-        if name in inherited:
-            continue
         default = "required" if field.is_required() else repr(field.get_default(call_default_factory=False))
         if field.default_factory is not None:
             default = "depends on the machine"

@@ -1,7 +1,7 @@
 """Sets up a Prefect server: pool, limits, variables, blocks, deployments, automations; repeating it changes nothing.
 
 What people change in the UI stays: the pool's and the stores' limits, the variable's and the blocks' values, schedules
-(times, on or off) and whether an automation is on.
+(times, on or off), whether an automation is on and how many seconds it waits.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ DEFINITIONS = (
     "infra/automations.yaml",
     "infra/flows.py",
     "pipelines/flows.py",
+    "pipelines/captioners.py",
     "pipelines/config.py",
     "pipelines/deployment.py",
-    "pipelines/gate.py",
+    "pipelines/recaption.py",
     "infra/bootstrap.py",
     "infra/cleanup.py",
     "training/config.py",
@@ -40,6 +41,9 @@ DEFINITIONS = (
 )
 #: Block with the address that the automation for failures calls, and the environment variable of its first value.
 WEBHOOK_BLOCK, WEBHOOK_VARIABLE = "starflow-webhook", "STARFLOW_WEBHOOK_URL"
+JSON = {"Content-Type": "application/json"}
+#: How the names of automations begin that nobody else makes.
+OURS = "starflow: "
 #: Prefect variable that holds the digest of what was registered last.
 DIGEST_VARIABLE = "starflow_registered"
 
@@ -50,7 +54,8 @@ def bootstrap(api_url: str, store: str, *, force: bool = False) -> dict[str, Any
     Secret blocks and the webhook's address are made from the environment (`SECRETS`, `WEBHOOK_VARIABLE`), empty where
     it has none, and never overwritten.
 
-    Returns JSON: ``{"deployments": "registered" | "unchanged", "store", "automations": {"created", "updated"}}``.
+    Returns JSON: ``{"deployments": "registered" | "unchanged", "store", "automations": {"created", "updated",
+    "removed"}}``.
     Raises StarflowError when the server refuses something or cannot be reached.
     """
     api = PrefectAPI(api_url)
@@ -60,13 +65,17 @@ def bootstrap(api_url: str, store: str, *, force: bool = False) -> dict[str, Any
         _set_variable(api, STORE_VARIABLE, store)
     digest = definition_digest(chosen)
     if not force and _variable(api, DIGEST_VARIABLE) == digest:
-        return {"deployments": "unchanged", "store": chosen, "automations": {"created": [], "updated": []}}
+        return {
+            "deployments": "unchanged",
+            "store": chosen,
+            "automations": {"created": [], "updated": [], "removed": []},
+        }
     _ensure_pool(api)
     _ensure_limit(api, limit_name(chosen))
     for block, variable in SECRETS.items():
         _ensure_block(api, "secret", block, {"value": os.environ.get(variable, "")})
     webhook = os.environ.get(WEBHOOK_VARIABLE, "")
-    _ensure_block(api, "webhook", WEBHOOK_BLOCK, {"method": "POST", "url": webhook})
+    _ensure_block(api, "webhook", WEBHOOK_BLOCK, {"method": "POST", "url": webhook, "headers": JSON})
     schedules = _schedules(api)
     _deploy(api_url)
     _restore(api, schedules)
@@ -147,10 +156,11 @@ def _restore(api: PrefectAPI, before: dict[tuple[str, str], dict[str, Any]]) -> 
 
 
 def _ensure_automations(api: PrefectAPI, webhook: bool) -> dict[str, list[str]]:
-    """Those that call the webhook start off without its address."""
+    """Those that call the webhook start off without its address; ours that are no longer in the file are removed."""
     existing = {automation["name"]: automation for automation in api.post("/automations/filter")}
-    done: dict[str, list[str]] = {"created": [], "updated": []}
-    for wanted in yaml.safe_load((ROOT / "infra" / "automations.yaml").read_text(encoding="utf-8")):
+    done: dict[str, list[str]] = {"created": [], "updated": [], "removed": []}
+    wanted_ones = yaml.safe_load((ROOT / "infra" / "automations.yaml").read_text(encoding="utf-8"))
+    for wanted in wanted_ones:
         for action in wanted["actions"]:
             if full_name := action.pop("deployment", None):
                 action["deployment_id"] = api.get(f"/deployments/name/{full_name}")["id"]
@@ -163,8 +173,13 @@ def _ensure_automations(api: PrefectAPI, webhook: bool) -> dict[str, list[str]]:
             api.post("/automations/", wanted)
             done["created"].append(wanted["name"])
         else:
-            api.put(f"/automations/{old['id']}", wanted | {"enabled": old["enabled"]})
+            trigger = wanted["trigger"] | {"within": old["trigger"]["within"]}
+            api.put(f"/automations/{old['id']}", wanted | {"enabled": old["enabled"], "trigger": trigger})
             done["updated"].append(wanted["name"])
+    for name in existing.keys() - {wanted["name"] for wanted in wanted_ones}:
+        if name.startswith(OURS):
+            api.delete(f"/automations/{existing[name]['id']}")
+            done["removed"].append(name)
     return done
 
 

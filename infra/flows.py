@@ -25,7 +25,8 @@ from prefect.cache_policies import NO_CACHE
 
 from infra.cleanup import CleanupConfig, clean_runs, clean_snapshots
 from infra.launch import Launch, LaunchConfig, active, logs, status, stop, submit
-from pipelines.flows import data_uri, secrets_to_environment
+from pipelines.flows import secrets_to_environment
+from pipelines.report import data_uri
 from starflow.config import load_config
 from starflow.errors import NotFoundError, StarflowError
 from starflow.forms import answer_rows, fields_of, parameters_of

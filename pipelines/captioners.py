@@ -59,13 +59,13 @@ class CaptionConfig(Config):
     caption_budget: int | None = Field(
         None, title="Caption budget", description="Tokens an endpoint may use in one run; null: no limit.", ge=1
     )
-    actors: int = Field(2, title="Actors", description="Ray actors that run a Hugging Face model.", ge=1, le=4096)
+    actors: int = Field(2, title="Ray actors", description="Processes on Ray that run the models.", ge=1, le=4096)
     cpus_per_actor: int = Field(1, title="CPUs per actor", description="CPU cores that Ray reserves for each.", ge=1)
     gpus_per_actor: float = Field(
         0, title="GPUs per actor", description="Share of a GPU that Ray reserves for each.", ge=0
     )
     ray_address: str | None = Field(
-        None, title="Ray address", description="Cluster to caption on: auto finds the running one; null starts one."
+        None, title="Ray address", description="Cluster to work on: auto finds the running one; null starts one here."
     )
 
     @property

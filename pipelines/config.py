@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, field_validator
 
 from pipelines.aspect import ASPECT_RATIOS, AspectRatio
+from pipelines.captioners import CaptionConfig
 from pipelines.guard import FetchPolicy
 from pipelines.sources import Columns
 from starflow import __version__
@@ -19,8 +20,8 @@ AGENT_TOKEN = "starflow"
 OPT_OUT_DIRECTIVES = ("noai", "noimageai", "noml", "none", "noindex", "noimageindex")
 
 
-class RefreshConfig(Config):
-    """Where the pictures come from, what is kept of them, and how they are encoded."""
+class CrawlConfig(Config):
+    """Where the pictures come from, and how they are asked for."""
 
     urls: str = Field(
         title="URL list",
@@ -110,30 +111,37 @@ class RefreshConfig(Config):
         ge=0,
     )
 
-    captioner: str = Field(
-        "alt",
-        title="Captioner",
-        description="alt (the list's own text), an OpenAI-compatible http(s) endpoint, "
-        "or the Hugging Face id or path of an image-to-text model.",
-    )
-    captioner_model: str = Field("", title="Captioner model", description="Model name to ask an endpoint for.")
-    caption_prompt: str = Field(
-        "Describe this image in one sentence. Its alt text is: {alt}",
-        title="Caption prompt",
-        description="What an endpoint is asked; {alt} is the alt text.",
-    )
-    caption_concurrency: int = Field(
-        16, title="Caption concurrency", description="Requests at once to an endpoint.", ge=1, le=1024
-    )
-    caption_rate: float = Field(
-        0.0, title="Caption rate", description="Requests a second to an endpoint; 0 is no limit.", ge=0
-    )
-    caption_tokens: int = Field(
-        100, title="Tokens per caption", description="An endpoint's answer is cut there.", ge=1, le=4096
-    )
-    caption_budget: int | None = Field(
-        None, title="Caption budget", description="Tokens an endpoint may use in one run; null: no limit.", ge=1
-    )
+    def columns(self) -> Columns:
+        """The mapping of the list's columns."""
+        return Columns(
+            url=self.url_column, caption=self.caption_column, licence=self.licence_column, extra=self.extra_columns
+        )
+
+    def policy(self) -> FetchPolicy:
+        """What a fetch may do."""
+        contact = f" (+{self.contact})" if self.contact else ""
+        return FetchPolicy(
+            user_agent=f"{AGENT_TOKEN}/{__version__}{contact}",
+            agent_token=AGENT_TOKEN,
+            allow_host=self.allow_host,
+            max_bytes=self.max_bytes,
+            seconds=self.fetch_seconds,
+            max_pixels=self.max_pixels,
+            max_frames=self.max_frames,
+            robots=self.respect_robots,
+            tdm=self.respect_tdm,
+            opt_out=tuple(directive.lower() for directive in self.opt_out_directives),
+            host_concurrency=self.host_concurrency,
+            host_rate=self.host_rate,
+        )
+
+
+class RefreshConfig(CaptionConfig, CrawlConfig):
+    """A refresh: where the pictures come from, what is kept of them, how they are encoded, and when it is published.
+
+    Its fields are in this order: CrawlConfig's, CaptionConfig's, its own.
+    """
+
     alt_weight: float = Field(
         0.5, title="Weight of alt texts", description="Share of training draws, beside a captioner's 1.", ge=0, le=1
     )
@@ -192,19 +200,11 @@ class RefreshConfig(Config):
     patch: int = Field(
         1, title="Patch size", description="Latent sides are multiples of it: the patch size of the flow.", ge=1
     )
-    actors: int = Field(2, title="Encode actors", description="Ray actors that encode.", ge=1, le=4096)
-    cpus_per_actor: int = Field(1, title="CPUs per actor", description="CPU cores that Ray reserves for each.", ge=1)
-    gpus_per_actor: float = Field(
-        0, title="GPUs per actor", description="Share of a GPU that Ray reserves for each.", ge=0
-    )
     vae_batch: int = Field(
         0,
         title="VAE batch",
         description="Pictures a VAE encodes at once; 0: 16 on CPU, what fits on GPU.",
         ge=0,
-    )
-    ray_address: str | None = Field(
-        None, title="Ray address", description="Cluster to encode on: auto finds the running one; null starts one here."
     )
     ledger_partitions: int = Field(
         16,
@@ -214,31 +214,69 @@ class RefreshConfig(Config):
         le=65536,
     )
 
+    gate: Literal["off", "automatic", "person"] = Field(
+        "off",
+        title="Publish gate",
+        description="automatic: publish only within the limits below; person: pause the run in Prefect until somebody "
+        "has looked at its artifacts and decided.",
+    )
+    gate_drop_rate: float = Field(
+        0.5, title="Gate: drops", description="Largest share of the asked URLs that gives no sample.", ge=0, le=1
+    )
+    gate_duplicate_rate: float = Field(
+        0.3,
+        title="Gate: duplicates",
+        description="Largest share of the asked URLs that shows a picture which is there already.",
+        ge=0,
+        le=1,
+    )
+    gate_caption_rate: float = Field(
+        0.3, title="Gate: captions", description="Largest share of captions that are empty or repeated.", ge=0, le=1
+    )
+    gate_removal_rate: float = Field(
+        0.1,
+        title="Gate: removals",
+        description="Largest share of the parent's samples that leaves: gone, changed or opted out at re-validation.",
+        ge=0,
+        le=1,
+    )
+    gate_checkpoint: str | None = Field(
+        None,
+        title="Gate: checkpoint",
+        description="STORE/RUN or STORE/RUN@STEP that scores new samples against those of the parent snapshot; "
+        "null: likelihoods are not looked at.",
+    )
+    gate_outlier_rate: float = Field(
+        0.1,
+        title="Gate: outliers",
+        description="Largest share of new samples less typical than 99 of 100 samples of the parent.",
+        ge=0,
+        le=1,
+    )
+    gate_samples: int = Field(
+        256,
+        title="Gate: samples",
+        description="New samples that are scored, and old ones.",
+        ge=16,
+        le=65536,
+    )
+    gate_hours: float = Field(
+        24.0, title="Gate: hours", description="How long a person may take to decide; then it is refused.", gt=0, le=720
+    )
+    gate_accept: str = Field(
+        "",
+        title="Gate: accept",
+        description="Publish this refused candidate, named as its refusal names it, whatever was measured; "
+        "this run then asks for nothing new. Any other candidate is measured as ever.",
+    )
+    gate_discard: str = Field(
+        "",
+        title="Gate: discard",
+        description="Forget this refused candidate, named as its refusal names it, and begin anew: "
+        "its URLs are asked again.",
+    )
+
     @field_validator("block_hosts")
     @classmethod
     def _canonical_hosts(cls, hosts: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(map(host_name, hosts))
-
-    def columns(self) -> Columns:
-        """The mapping of the list's columns."""
-        return Columns(
-            url=self.url_column, caption=self.caption_column, licence=self.licence_column, extra=self.extra_columns
-        )
-
-    def policy(self) -> FetchPolicy:
-        """What a fetch may do."""
-        contact = f" (+{self.contact})" if self.contact else ""
-        return FetchPolicy(
-            user_agent=f"{AGENT_TOKEN}/{__version__}{contact}",
-            agent_token=AGENT_TOKEN,
-            allow_host=self.allow_host,
-            max_bytes=self.max_bytes,
-            seconds=self.fetch_seconds,
-            max_pixels=self.max_pixels,
-            max_frames=self.max_frames,
-            robots=self.respect_robots,
-            tdm=self.respect_tdm,
-            opt_out=tuple(directive.lower() for directive in self.opt_out_directives),
-            host_concurrency=self.host_concurrency,
-            host_rate=self.host_rate,
-        )

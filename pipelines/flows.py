@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import os
 import tempfile
 import time
@@ -13,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal, cast
 from uuid import UUID
 
-import numpy as np
 from prefect import flow, get_client, get_run_logger, task
 from prefect.artifacts import (
     create_image_artifact,
@@ -33,12 +30,22 @@ from prefect.runtime import flow_run
 from prefect.states import Cancelled, State
 from pydantic import Field
 
+from pipelines.config import RefreshConfig
 from pipelines.deployment import SECRETS, BackfillConfig, limit_name
-from pipelines.drops import drop_samples
-from pipelines.gate import GatedRefreshConfig, GateRefusedError, Measure, candidate, exceeded, measure
+from pipelines.gate import (
+    GateRefusedError,
+    Measure,
+    candidate,
+    candidate_name,
+    exceeded,
+    is_closed,
+    measure,
+    refused,
+)
 from pipelines.recaption import RecaptionConfig
 from pipelines.recaption import recaption as run_recaption
 from pipelines.refresh import STAGES, RefreshResult, Stage, result, run_stage
+from pipelines.report import data_uri, difference, drops_table, newest_pictures
 from pipelines.state import RefreshState
 from starflow.forms import answer_rows, fields_of, parameters_of
 from starflow.objectstore import ObjectStore, open_store
@@ -51,30 +58,27 @@ PICTURES = 32
 #: Seconds: how long a dead run still holds its store, how long a run waits for another, and for its own crashed self.
 LEASE_SECONDS, PATIENCE_SECONDS, PATIENCE_AFTER_CRASH_SECONDS = 60, 3.0, 150.0
 
-#: What becomes of refused work.
-KEPT = "nothing is published and the work is kept: the next refresh of this store takes it up again"
-
 Answer = dict[str, Any]
 
 
 @flow(name="refresh")
-@parameters_of(GatedRefreshConfig)
+@parameters_of(RefreshConfig)
 def refresh(**parameters: Any) -> Answer | State[Any]:
     """Crawls, captions, filters and encodes what is new in a list of URLs, and publishes a snapshot."""
-    config = GatedRefreshConfig.model_validate(parameters)
+    config = RefreshConfig.model_validate(parameters)
     return alone(config.store, lambda: refresh_once(config))
 
 
 @flow(name="backfill")
-@parameters_of(BackfillConfig, GatedRefreshConfig, hidden=("urls",))
+@parameters_of(BackfillConfig, RefreshConfig, hidden=("urls",))
 def backfill(**parameters: Any) -> Answer | State[Any]:
     """Refreshes from several URL lists, one after the other; what an earlier run has done costs no request again."""
     lists = fields_of(BackfillConfig, parameters).partitions()
-    configs = [fields_of(GatedRefreshConfig, parameters, urls=each) for each in lists]
+    configs = [fields_of(RefreshConfig, parameters, urls=each) for each in lists]
     return alone(configs[0].store, lambda: backfill_lists(configs))
 
 
-def backfill_lists(configs: Sequence[GatedRefreshConfig]) -> Answer:
+def backfill_lists(configs: Sequence[RefreshConfig]) -> Answer:
     """A refresh for each of `configs`, as a flow run below this one; ends at the first that fails."""
     progress = cast(UUID, create_progress_artifact(0.0, key="backfill-progress", description=configs[0].urls))
     rows: list[dict[str, Any]] = []
@@ -92,7 +96,7 @@ def backfill_lists(configs: Sequence[GatedRefreshConfig]) -> Answer:
 @flow(name="refresh-list", validate_parameters=False)
 def refresh_list(settings: dict[str, Any]) -> Answer:
     """One list of a backfill: an ordinary refresh, under the backfill's own hold of the store."""
-    return refresh_once(GatedRefreshConfig.model_validate(settings))
+    return refresh_once(RefreshConfig.model_validate(settings))
 
 
 @flow(name="recaption")
@@ -154,7 +158,7 @@ def secrets_to_environment() -> None:
                 os.environ[variable] = value
 
 
-def refresh_once(config: GatedRefreshConfig) -> Answer:
+def refresh_once(config: RefreshConfig) -> Answer:
     """The stages of a refresh as tasks, the gate between encode and publish, and the page."""
     page = RunPage("refresh", [stage.name for stage in STAGES])
     counts: dict[str, dict[str, Any]] = {}
@@ -168,8 +172,8 @@ def refresh_once(config: GatedRefreshConfig) -> Answer:
         for stage in before:
             run(stage)
         number = state.name
-        if state.encoded is not None and state.encoded.parts:
-            pass_gate(state, config, counts)
+        if is_closed(state):
+            pass_gate(state, counts)
         run(publish)
         answer = result(state)
     snapshot = load_snapshot(state.store, answer.snapshot)
@@ -212,15 +216,13 @@ class Review(RunInput):
     note: str = Field("", title="Note", description="For the run's log.")
 
 
-def pass_gate(state: RefreshState, config: GatedRefreshConfig, counts: Mapping[str, Mapping[str, Any]]) -> None:
+def pass_gate(state: RefreshState, counts: Mapping[str, Mapping[str, Any]]) -> None:
     """Returns when publishing is allowed. Raises GateRefusedError when it is not."""
-    if config.gate == "off":
-        return
-    measures = gate_task(state, config, counts)
-    over = exceeded(measures)
+    config, name = state.config, candidate_name(state)
+    over = exceeded(gate_task(state, counts))
     if config.gate == "automatic":
         if over:
-            raise GateRefusedError(f"the gate refuses to publish: {over}; {KEPT}")
+            raise refused(state, f"the gate refuses candidate {name}: {over}")
         return
     question = f"The artifacts of this run show what would be published. Over a limit: {over or 'nothing'}."
     try:
@@ -230,21 +232,19 @@ def pass_gate(state: RefreshState, config: GatedRefreshConfig, counts: Mapping[s
             key="gate",
         )
     except FlowPauseTimeout as error:
-        raise GateRefusedError(f"nobody decided within {config.gate_hours:g} hours; {KEPT}") from error
+        raise refused(state, f"nobody decided about candidate {name} within {config.gate_hours:g} hours") from error
     get_run_logger().info("a person decided: %s %s", review.decision, review.note)
     if review.decision == "discard":
         state.workspace.delete()
         raise GateRefusedError("a person has discarded this refresh; its URLs are asked anew next time")
     if review.decision == "refuse":
-        raise GateRefusedError(f"a person has refused to publish; {KEPT}")
+        raise refused(state, f"a person has refused candidate {name}")
 
 
 @task(name="gate", task_run_name="gate", cache_policy=NO_CACHE)
-def gate_task(
-    state: RefreshState, config: GatedRefreshConfig, counts: Mapping[str, Mapping[str, Any]]
-) -> list[Measure]:
-    """Measures the samples about to be published; shows the figures and some of the pictures."""
-    measures = measure(state, config, counts)
+def gate_task(state: RefreshState, counts: Mapping[str, Mapping[str, Any]]) -> list[Measure]:
+    """Measures what is about to be published; shows the figures and some of the pictures."""
+    measures = measure(state, counts)
     rows = [
         {
             "what": each.name,
@@ -256,7 +256,8 @@ def gate_task(
         for each in measures
     ]
     create_table_artifact(rows, key="refresh-gate", description="Before publishing")
-    show_pictures(state.store, candidate(state), "refresh-candidates", "Samples that are not yet published.")
+    if new := candidate(state):
+        show_pictures(state.store, new, "refresh-candidates", "Samples that are not yet published.")
     return measures
 
 
@@ -309,74 +310,19 @@ def report(store: ObjectStore, snapshot: Snapshot, answer: RefreshResult, number
         key="refresh-drops",
         description="What this refresh rejected, by reason",
     )
-    show_drops(store, number)
+    create_markdown_artifact(
+        drops_table(store, number), key="refresh-drop-samples", description="Samples of what was rejected"
+    )
     parent = load_snapshot(store, snapshot.parent) if snapshot.parent else None
     create_markdown_artifact(difference(parent, snapshot), key="refresh-difference", description="Against the parent")
     show_pictures(store, snapshot, "refresh-pictures", "Newest samples, decoded from their latents.")
 
 
-def show_drops(store: ObjectStore, number: str) -> None:
-    """A few of what refresh `number` rejected, by reason, with thumbnails of what was fetched."""
-    rows = []
-    for reason, drops in drop_samples(store, number).items():
-        for drop in drops:
-            picture = f"![]({data_uri(drop.thumbnail, 'jpeg')})" if drop.thumbnail else ""
-            detail, url = (text.replace("|", "\\|").replace("\n", " ") for text in (drop.detail, drop.url))
-            rows.append(f"| {reason} | {picture} | {detail} | `{url}` |")
-    table = "\n".join(["| reason | picture | detail | URL |", "|---|---|---|---|", *rows])
-    text = table if rows else "Nothing was rejected."
-    create_markdown_artifact(text, key="refresh-drop-samples", description="Samples of what was rejected")
-
-
-def difference(parent: Snapshot | None, snapshot: Snapshot) -> str:
-    """Markdown: what `snapshot` has that its parent has not."""
-    rows = [
-        ("samples", parent.counts.total if parent else 0, snapshot.counts.total),
-        ("parts", len(parent.parts) if parent else 0, len(snapshot.parts)),
-        ("image shapes", len(_grids(parent)) if parent else 0, len(_grids(snapshot))),
-    ]
-    lines = [f"| | {parent.id if parent else 'nothing'} | {snapshot.id} | |", "|---|---:|---:|---:|"]
-    lines += [f"| {what} | {old:,} | {new:,} | {new - old:+,} |" for what, old, new in rows]
-    return "\n".join(lines)
-
-
 def show_pictures(store: ObjectStore, snapshot: Snapshot, key: str, what: str) -> None:
     """An image artifact with the snapshot's newest samples; none for a snapshot without any."""
-    picture = newest_pictures(store, snapshot)
+    picture = newest_pictures(store, snapshot, PICTURES)
     if picture is None:
         create_markdown_artifact("This snapshot holds no sample.", key=key, description=what)
         return
     description = f"{what} {snapshot.attribution or ''}".strip()
     create_image_artifact(data_uri(picture), key=key, description=description)
-
-
-def newest_pictures(store: ObjectStore, snapshot: Snapshot) -> bytes | None:
-    """The newest samples of the most frequent shape, decoded, with captions, as PNG; None if there is no sample."""
-    import torch
-
-    from starflow.encoders import load_vae, to_pixels
-    from starflow.images import picture_grid
-    from starflow.reader import SnapshotReader
-
-    with tempfile.TemporaryDirectory() as cache:
-        reader = SnapshotReader(store, snapshot, Path(cache))
-        grid = max(reader.grids, key=reader.count, default=None)
-        if grid is None or not reader.count(grid):
-            return None
-        newest = np.arange(max(0, reader.count(grid) - PICTURES), reader.count(grid))
-        batch = reader.gather(grid, newest)
-        captions = list(batch.captions)
-        latents = torch.from_numpy(batch.mean).float()
-    pixels = to_pixels(load_vae(snapshot.vae.name).decode(latents))
-    encoded = io.BytesIO()
-    picture_grid(list(pixels), captions, scale=max(1, 96 // pixels.shape[1])).save(encoded, "png")
-    return encoded.getvalue()
-
-
-def data_uri(picture: bytes, kind: str = "png") -> str:
-    """A picture that needs no server: it is part of the artifact."""
-    return f"data:image/{kind};base64," + base64.b64encode(picture).decode()
-
-
-def _grids(snapshot: Snapshot) -> set[tuple[int, int]]:
-    return {part.grid for part in snapshot.parts}

@@ -1,79 +1,45 @@
-"""The publish gate of a scheduled refresh: what is measured of the new samples, and the limits they must keep.
+"""The publish gate of a refresh: what is measured of what would be published, and the limits that it must keep.
 
 It stands between the stages encode and publish. What it refuses is not lost: crawl, captions and latents stay in the
-refresh's workspace, and the next refresh of the store takes them up again.
+refresh's workspace. A refusal holds for exactly that candidate. The next refresh adds what is new by then and measures
+all of it again; `gate_accept` publishes the candidate as it is, `gate_discard` forgets it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-from pydantic import Field
 
 from pipelines.config import RefreshConfig
 from pipelines.state import RefreshState
 from starflow.config import Config
 from starflow.errors import ConfigError, StarflowError
 from starflow.objectstore import ObjectStore
-from starflow.snapshots import Counts, Part, Snapshot
+from starflow.snapshots import Counts as SampleCounts
+from starflow.snapshots import Part, Snapshot
 
+#: What the finished stages returned, by stage.
+Counts = Mapping[str, Mapping[str, Any]]
 #: p-value at and below which a sample counts as an outlier: so many of the old samples do themselves.
 OUTLIER_LEVEL = 0.01
 
 
+#: What becomes of refused work, and the ways on.
+KEPT = (
+    "nothing is published and the work is kept: the next refresh of this store adds what is new by then and measures "
+    "all of it again; or run it with gate_accept={0} to publish exactly this, or with gate_discard={0} to forget this "
+    "and ask its URLs anew"
+)
+
+
 class GateRefusedError(StarflowError):
     """The gate was not passed: nothing is published and nothing is lost."""
-
-
-class GatedRefreshConfig(RefreshConfig):
-    """A refresh with a gate before its snapshot is published."""
-
-    gate: Literal["off", "automatic", "person"] = Field(
-        "off",
-        title="Publish gate",
-        description="automatic: publish only within the limits below; person: pause until somebody has looked at the "
-        "run's artifacts and decided.",
-    )
-    gate_drop_rate: float = Field(
-        0.5, title="Gate: drops", description="Largest share of the asked URLs that gives no sample.", ge=0, le=1
-    )
-    gate_duplicate_rate: float = Field(
-        0.3,
-        title="Gate: duplicates",
-        description="Largest share of the asked URLs that shows a picture which is there already.",
-        ge=0,
-        le=1,
-    )
-    gate_caption_rate: float = Field(
-        0.3, title="Gate: captions", description="Largest share of captions that are empty or repeated.", ge=0, le=1
-    )
-    gate_checkpoint: str | None = Field(
-        None,
-        title="Gate: checkpoint",
-        description="STORE/RUN or STORE/RUN@STEP that scores new samples against those of the parent snapshot; "
-        "null: likelihoods are not looked at.",
-    )
-    gate_outlier_rate: float = Field(
-        0.1,
-        title="Gate: outliers",
-        description="Largest share of new samples less typical than 99 of 100 samples of the parent.",
-        ge=0,
-        le=1,
-    )
-    gate_samples: int = Field(
-        256,
-        title="Gate: samples",
-        description="New samples that are scored, and old ones.",
-        ge=16,
-        le=65536,
-    )
-    gate_hours: float = Field(
-        24.0, title="Gate: hours", description="How long a person may take to decide; then it is refused.", gt=0, le=720
-    )
 
 
 class Measure(Config):
@@ -90,17 +56,50 @@ class Measure(Config):
         return self.value <= self.limit
 
 
-def measure(state: RefreshState, config: GatedRefreshConfig, counts: Mapping[str, Mapping[str, Any]]) -> list[Measure]:
+def is_closed(state: RefreshState) -> bool:
+    """Whether publishing has to wait for the gate: there is one, something to publish, and nobody has accepted it."""
+    if state.config.gate == "off" or not (new_parts(state) or len(state.left())):
+        return False
+    return state.config.gate_accept != candidate_name(state)
+
+
+def new_parts(state: RefreshState) -> tuple[Part, ...]:
+    """The parts that the refresh would add."""
+    return tuple(state.encoded.parts) if state.encoded is not None else ()
+
+
+def candidate_name(state: RefreshState) -> str:
+    """Names exactly what would be published: the refresh's number, and a hash of what comes and what leaves."""
+    content = [*sorted(part.id for part in new_parts(state)), "", *sorted(state.left()["id"].to_pylist())]
+    return f"{state.name}-{hashlib.sha256(' '.join(content).encode()).hexdigest()[:8]}"
+
+
+def check(state: RefreshState, counts: Counts) -> None:
+    """Returns when the automatic gate lets the refresh publish. Raises GateRefusedError when it does not."""
+    if is_closed(state) and (over := exceeded(measure(state, counts))):
+        raise refused(state, f"the gate refuses candidate {candidate_name(state)}: {over}")
+
+
+def refused(state: RefreshState, why: str) -> GateRefusedError:
+    """Remembers that the candidate was refused; the error that says so, `why`, and the ways on."""
+    name = candidate_name(state)
+    state.workspace.refuse(name)
+    return GateRefusedError(f"{why}; {KEPT.format(name)}")
+
+
+def measure(state: RefreshState, counts: Counts) -> list[Measure]:
     """Measures what is about to be published. `counts` holds what each finished stage returned, by stage.
 
     Raises ConfigError or NotFoundError when the checkpoint cannot score these samples.
     """
-    parts = state.encoded.parts
-    unchanged = counts["crawl"]["statuses"].get("unchanged", 0)
-    asked = sum(batch.count for plan in state.plans if plan.round == 0 for batch in plan.batches) - unchanged
+    config, parts = state.config, new_parts(state)
+    left = Counter(state.left()["reason"].to_pylist())
+    # What has not changed and what has left are no candidates; what has changed is.
+    settled = counts["crawl"]["statuses"].get("unchanged", 0) + left.total() - left["changed"]
+    asked = sum(batch.count for plan in state.plans if plan.round == 0 for batch in plan.batches) - settled
     kept = sum(part.count for part in parts)
-    reasons = counts["filter"]["reasons"]
-    copies = reasons.get("duplicate", 0) + reasons.get("near_duplicate", 0)
+    rejected = counts["filter"]["reasons"]
+    copies = rejected.get("duplicate", 0) + rejected.get("near_duplicate", 0)
     quality = counts["caption"]["quality"]
     poor = quality.get("empty", 0) + quality.get("repeated", 0)
     found = [
@@ -110,8 +109,12 @@ def measure(state: RefreshState, config: GatedRefreshConfig, counts: Mapping[str
             "captions", poor, quality.get("pictures", 0), config.gate_caption_rate, "captions are empty or repeated"
         ),
     ]
-    if config.gate_checkpoint and state.parent and state.parent.counts.total:
-        found.append(_outliers(state.store, state.parent, parts, config))
+    if state.parent and (total := state.parent.counts.total):
+        reasons = ", ".join(f"{reason} {count:,}" for reason, count in sorted(left.items())) or "none"
+        what = f"samples of {state.parent.id} leave ({reasons})"
+        found.append(_share("removals", left.total(), total, config.gate_removal_rate, what))
+        if config.gate_checkpoint and parts:
+            found.append(_outliers(state.store, state.parent, parts, config))
     return found
 
 
@@ -125,9 +128,11 @@ def exceeded(measures: Sequence[Measure]) -> str:
     return ", ".join(over)
 
 
-def candidate(state: RefreshState) -> Snapshot:
+def candidate(state: RefreshState) -> Snapshot | None:
     """The new samples alone as a snapshot that is in no store: for readers, before anything is published."""
-    parts = tuple(state.encoded.parts)
+    parts = new_parts(state)
+    if not parts:
+        return None
     count = sum(part.count for part in parts)
     return Snapshot(
         id="candidate",
@@ -136,7 +141,7 @@ def candidate(state: RefreshState) -> Snapshot:
         created="",
         image_size=state.config.image_size,
         vae=parts[0].vae,
-        counts=Counts(added=count, kept=0, total=count),
+        counts=SampleCounts(added=count, kept=0, total=count),
         dropped={},
         sources={},
         versions={},
@@ -145,7 +150,7 @@ def candidate(state: RefreshState) -> Snapshot:
     )
 
 
-def _outliers(store: ObjectStore, parent: Snapshot, parts: Sequence[Part], config: GatedRefreshConfig) -> Measure:
+def _outliers(store: ObjectStore, parent: Snapshot, parts: Sequence[Part], config: RefreshConfig) -> Measure:
     """The share of new samples whose likelihood is atypical for the parent's."""
     from starflow.generate import Generator
     from starflow.likelihood import Typicality

@@ -23,12 +23,14 @@ from pipelines.ledger import MOMENT, Ledger, Spill, get_table, put_table
 from pipelines.sources import list_files, read_rows
 from starflow import manifest
 from starflow.config import Config
-from starflow.errors import AlreadyExistsError, ConfigError
+from starflow.errors import AlreadyExistsError, ConfigError, NotFoundError
 from starflow.manifest import ObjectRef
 from starflow.objectstore import ObjectStore
 from starflow.urls import host_of, url_key
 
 KIND, VERSION = "refresh-plan", 1
+#: Under a refresh's folder: the name of the candidate that the gate refused.
+REFUSED = "refused.txt"
 
 #: A URL to ask for, and what the ledger knew of it: `known_id` is the content that it gave last time, `sampled` says
 #: whether that became a sample of a snapshot, which leaves when the content is gone.
@@ -102,6 +104,17 @@ class Workspace:
                 f"another refresh of {self.store.url} is at work and has planned meanwhile; run the same command again "
                 "when it has ended"
             ) from error
+
+    def refuse(self, candidate: str) -> None:
+        """Remembers the candidate that the gate has refused last."""
+        self.store.write(f"{self.prefix}{REFUSED}", candidate.encode())
+
+    def refused(self) -> str:
+        """The candidate that the gate has refused last; "" when it has refused none."""
+        try:
+            return self.store.read(f"{self.prefix}{REFUSED}").decode()
+        except NotFoundError:
+            return ""
 
     def delete(self) -> None:
         """Forgets the refresh, manifests first."""

@@ -21,8 +21,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines import batches
-from pipelines.captioners import AltText, CaptionConfig, load_captioner
+from pipelines import batches, gate
+from pipelines.captioners import AltText, load_captioner
 from pipelines.commit import finish_published, publish_snapshot
 from pipelines.config import RefreshConfig
 from pipelines.crawl import FULL
@@ -62,6 +62,8 @@ def plan(state: RefreshState) -> Counts:
     """Finds the URLs of the list that are new or due, after ending a refresh that was killed at its very end."""
     finish_published(state)
     _check_settings(state)
+    if _is_decided(state):
+        return _planned(state)
     plan = plan_list(
         state.config,
         state.ledger,
@@ -74,8 +76,20 @@ def plan(state: RefreshState) -> Counts:
     )
     if plan is not None:
         state.plans.append(plan)
-    planned = sum(batch.count for batch in state.batches)
-    return {"urls": planned, "batches": len(state.batches)}
+    return _planned(state)
+
+
+def _planned(state: RefreshState) -> Counts:
+    return {"urls": sum(batch.count for batch in state.batches), "batches": len(state.batches)}
+
+
+def _is_decided(state: RefreshState) -> bool:
+    """Forgets the candidate that the gate refused last if that was asked for; whether it is accepted as it is."""
+    waiting = state.workspace.refused() if state.plans else ""
+    if waiting and state.config.gate_discard == waiting:
+        state.workspace.delete()
+        state.open()
+    return waiting != "" and state.config.gate_accept == waiting
 
 
 def _check_settings(state: RefreshState) -> None:
@@ -88,8 +102,8 @@ def _check_settings(state: RefreshState) -> None:
     build_filters(config)
     if config.score is not None:
         load_score(config.score)
-    if (captions := _caption_config(config)).is_endpoint:
-        load_captioner(captions)
+    if config.is_endpoint:
+        load_captioner(config)
     if parent is None:
         return
     needed = [
@@ -190,11 +204,7 @@ def _captioning(state: RefreshState) -> AbstractContextManager[Any]:
     """The configured captioner at work, on Ray if it is a model."""
     from pipelines.captioning import captioning
 
-    return captioning(state.store, _caption_config(state.config))
-
-
-def _caption_config(config: RefreshConfig) -> CaptionConfig:
-    return CaptionConfig(**{name: getattr(config, name) for name in CaptionConfig.model_fields})
+    return captioning(state.store, state.config)
 
 
 def filter_(state: RefreshState) -> Counts:
@@ -285,19 +295,7 @@ def encode(state: RefreshState) -> Counts:
     from pipelines.encode import EncodeConfig
     from pipelines.encode import encode as encode_tables
 
-    names = (
-        "image_size",
-        "aspect_ratios",
-        "patch",
-        "vae",
-        "text_encoder",
-        "text_length",
-        "actors",
-        "cpus_per_actor",
-        "gpus_per_actor",
-        "vae_batch",
-    )
-    settings = {name: getattr(state.config, name) for name in names}
+    settings = state.config.model_dump(include=set(EncodeConfig.model_fields))
     config = EncodeConfig(**settings, address=state.config.ray_address)
     state.encoded = encode_tables(
         state.store,
@@ -357,11 +355,19 @@ def run_stage(state: RefreshState, stage: Stage) -> Counts:
 
 
 def refresh(config: RefreshConfig, on_event: OnEvent = lambda event: None) -> RefreshResult:
-    """Runs all stages. Raises StarflowError when there is nothing to publish, or the store or the list fails."""
+    """Runs all stages, the gate before the last.
+
+    Raises StarflowError when there is nothing to publish, the gate refuses, or the store or the list fails.
+    """
+    if config.gate == "person":
+        raise ConfigError("gate=person pauses a run in the Prefect UI; on the command line write gate=automatic")
+    counts: dict[str, Counts] = {}
     with tempfile.TemporaryDirectory(prefix="starflow-refresh-") as work:
         state = RefreshState(config, Path(work), on_event)
         for stage in STAGES:
-            run_stage(state, stage)
+            if stage.run is publish:
+                gate.check(state, counts)
+            counts[stage.name] = run_stage(state, stage)
         return result(state)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from starflow.snapshots import Snapshot
+    pass
 
 snapshots = typer.Typer(help="List, show, compare and check published snapshots.", no_args_is_help=True)
 
@@ -40,6 +40,7 @@ def list_(store: StoreOption, json: JsonOption = False) -> None:
 @snapshots.command()
 def show(name: Name = "newest", *, store: StoreOption, json: JsonOption = False) -> None:
     """Show one snapshot: counts, drops by reason, shapes, what made it."""
+    from pipelines.report import facts
     from starflow.console import print_json
     from starflow.objectstore import open_store
     from starflow.snapshots import load_snapshot
@@ -48,33 +49,7 @@ def show(name: Name = "newest", *, store: StoreOption, json: JsonOption = False)
     if json:
         print_json(snapshot.model_dump(mode="json"))
         return
-    _print_table(("snapshot", snapshot.id), _facts(snapshot))
-
-
-def _facts(snapshot: Snapshot) -> list[tuple[str, str]]:
-    grids: dict[tuple[int, int], int] = {}
-    layers: dict[str, int] = {}
-    for part in snapshot.parts:
-        grids[part.grid] = grids.get(part.grid, 0) + part.count
-        for layer in part.captions:
-            text = f", states of {layer.text.encoder.name}" if layer.text else ""
-            key = f"{layer.origin} {layer.version} (weight {layer.weight:g}{text})"
-            layers[key] = layers.get(key, 0) + 1
-    down = snapshot.vae.downsampling
-    shapes = [f"{width * down} x {height * down}: {count:,}" for (height, width), count in sorted(grids.items())]
-    return [
-        ("parent", snapshot.parent or "none"),
-        ("created", snapshot.created),
-        ("samples", f"{snapshot.counts.total:,} ({snapshot.counts.added:,} added)"),
-        ("parts", f"{len(snapshot.parts):,}"),
-        ("pictures, width x height", "\n".join(shapes)),
-        ("VAE", f"{snapshot.vae.name} ({snapshot.vae.sha256[:12]})"),
-        ("captions", "\n".join(f"{layer} in {count} parts" for layer, count in sorted(layers.items()))),
-        ("dropped", "\n".join(f"{reason}: {count:,}" for reason, count in sorted(snapshot.dropped.items()))),
-        ("sources", "\n".join(f"{source}: {count:,}" for source, count in sorted(snapshot.sources.items()))),
-        ("versions", "\n".join(f"{what}: {version}" for what, version in sorted(snapshot.versions.items()))),
-        ("attribution", snapshot.attribution or ""),
-    ]
+    _print_table(("snapshot", snapshot.id), facts(snapshot))
 
 
 @snapshots.command()

@@ -13,9 +13,10 @@ from prefect.utilities.callables import parameter_schema
 from infra.prefect_client import PrefectAPI, run_refresh_deployment
 from infra.processes import wait_until
 from infra.stack import LocalStack
+from pipelines.config import RefreshConfig
 from pipelines.deployment import BackfillConfig
-from pipelines.flows import backfill, newest_pictures, refresh
-from pipelines.gate import GatedRefreshConfig
+from pipelines.flows import backfill, refresh
+from pipelines.report import newest_pictures
 from starflow.encoders import VAEIdentity
 from starflow.errors import StarflowError
 from starflow.objectstore import open_store
@@ -40,11 +41,11 @@ def web(tmp_path: Path) -> Iterator[Path]:
 
 def test_form_is_flat_and_explains_every_field() -> None:
     properties = form()["properties"]
-    assert list(properties) == list(GatedRefreshConfig.model_fields)
+    assert list(properties) == list(RefreshConfig.model_fields)
     assert form()["required"] == ["urls", "store"]
     for name, field in properties.items():
-        assert field["title"] == GatedRefreshConfig.model_fields[name].title
-        assert field["description"] == GatedRefreshConfig.model_fields[name].description
+        assert field["title"] == RefreshConfig.model_fields[name].title
+        assert field["description"] == RefreshConfig.model_fields[name].description
         assert "default" in field or name in form()["required"]
 
 
@@ -64,7 +65,7 @@ def test_a_snapshot_without_samples_has_no_pictures(tmp_path: Path) -> None:
         id="00000002-0", number=2, parent=None, created="", image_size=32, vae=identity, dropped={}, sources={},
         versions={}, attribution=None, counts=Counts(added=0, kept=0, total=0), parts=(),
     )  # fmt: skip
-    assert newest_pictures(open_store(str(tmp_path)), empty) is None
+    assert newest_pictures(open_store(str(tmp_path)), empty, 8) is None
 
 
 def test_form_has_not_changed_unnoticed() -> None:
