@@ -7,8 +7,8 @@ from typing import Any
 
 from infra.cluster.settings import ClusterSettings, NodeGroup
 
-#: User of the images; see infra/images.
-USER = 10001
+#: User of the images and its home; see infra/images.
+USER, HOME = 10001, "/home/starflow"
 #: Secrets that people create once; see the notes that are rendered beside the manifests.
 DATABASE_SECRET, RAY_SECRET = "starflow-database", "starflow-ray"
 SERVICE_ACCOUNT = "starflow"
@@ -22,7 +22,7 @@ def prefect_api(settings: ClusterSettings) -> str:
 
 def environment(settings: ClusterSettings, **more: str) -> list[dict[str, Any]]:
     """Variables of every container that uses the store; credentials come from the service account's role."""
-    values = {"AWS_REGION": settings.region, "STARFLOW_STORE": settings.store, "HOME": "/home/starflow", **more}
+    values = {"AWS_REGION": settings.region, "STARFLOW_STORE": settings.store, "HOME": HOME, **more}
     return [{"name": name, "value": value} for name, value in values.items()]
 
 

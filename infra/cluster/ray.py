@@ -7,8 +7,8 @@ import json
 from typing import Any
 
 from infra.cluster.kubernetes import RAY_CLUSTER, Manifest, metadata
-from infra.cluster.pods import RAY_SECRET, environment, group_container, pod, scratch
-from infra.cluster.settings import ClusterSettings
+from infra.cluster.pods import HOME, RAY_SECRET, environment, group_container, pod, scratch
+from infra.cluster.settings import ClusterSettings, NodeGroup, RayNetwork
 
 REFRESH_FILE = "/etc/starflow/refresh.json"
 #: Idle Ray workers leave after so long; loading a VAE takes about a minute.
@@ -82,12 +82,16 @@ def refresh_job(settings: ClusterSettings) -> list[Manifest]:
     ]
 
 
-def aws_cluster(settings: ClusterSettings) -> dict[str, Any]:
-    """`ray up` file for a cluster on EC2 without Kubernetes: the same image in Docker on every node."""
-    profile = {"Arn": f"arn:aws:iam::{settings.account}:instance-profile/{settings.name}-work"}
+def aws_cluster(settings: ClusterSettings, network: RayNetwork) -> dict[str, Any]:
+    """`ray up` file for a cluster on EC2 without Kubernetes: the same image in Docker on every node.
+
+    Network, roles and instance profiles are those of terraform/ray.tf. All nodes ask for the token that
+    `ray get-auth-token --generate` has made on the machine which runs `ray up`.
+    """
     head, worker = settings.services, settings.encode
-    options = [f"--env AWS_REGION={settings.region}", f"--env STARFLOW_STORE={settings.store}", "--shm-size=4g"]
+    variables = {"AWS_REGION": settings.region, "STARFLOW_STORE": settings.store, "RAY_AUTH_MODE": "token"}
     start = "ulimit -n 65536; ray start"
+    login = f"aws ecr get-login-password --region {settings.region} | docker login -u AWS --password-stdin"
     return {
         "cluster_name": settings.name,
         "max_workers": worker.nodes,
@@ -97,7 +101,6 @@ def aws_cluster(settings: ClusterSettings) -> dict[str, Any]:
             "region": settings.region,
             "availability_zone": ",".join(settings.region + zone for zone in settings.zones),
             "cache_stopped_nodes": False,
-            "use_internal_ips": True,
         },
         "auth": {"ssh_user": "ubuntu"},
         "docker": {
@@ -105,18 +108,16 @@ def aws_cluster(settings: ClusterSettings) -> dict[str, Any]:
             "head_image": settings.cpu_image,
             "worker_image": settings.image_for(worker),
             "pull_before_run": True,
-            "run_options": options,
+            "run_options": [*(f"--env {name}={value}" for name, value in variables.items()), "--shm-size=4g"],
         },
+        "file_mounts": {f"{HOME}/.ray/auth_token": "~/.ray/auth_token"},
+        "initialization_commands": [f"{login} {settings.registry}"] if settings.registry else [],
         "head_node_type": "head",
         "available_node_types": {
-            "head": {
-                "resources": {"CPU": 0},
-                "node_config": _node(head.instance, head.disk_gib, profile),
-                "max_workers": 0,
-            },
+            "head": {"resources": {"CPU": 0}, "node_config": _node(settings, head, network, "head"), "max_workers": 0},
             "encode": {
                 "resources": {"CPU": worker.cpus, "GPU": worker.gpus} if worker.gpus else {"CPU": worker.cpus},
-                "node_config": _node(worker.instance, worker.disk_gib, profile, worker.spot),
+                "node_config": _node(settings, worker, network, "worker"),
                 "min_workers": 0,
                 "max_workers": worker.nodes,
             },
@@ -129,13 +130,16 @@ def aws_cluster(settings: ClusterSettings) -> dict[str, Any]:
     }
 
 
-def _node(instance: str, disk_gib: int, profile: dict[str, str], spot: bool = False) -> dict[str, Any]:
-    """EC2's description of an instance: encrypted disk, metadata by session token only."""
-    disk = {"VolumeSize": disk_gib, "VolumeType": "gp3", "Encrypted": True, "DeleteOnTermination": True}
+def _node(settings: ClusterSettings, group: NodeGroup, network: RayNetwork, role: str) -> dict[str, Any]:
+    """EC2's description of an instance: its own role, encrypted disk, metadata by session token only."""
+    profile = f"arn:aws:iam::{settings.account}:instance-profile/{settings.name}-ray-{role}"
+    disk = {"VolumeSize": group.disk_gib, "VolumeType": "gp3", "Encrypted": True, "DeleteOnTermination": True}
     return {
-        "InstanceType": instance,
-        "IamInstanceProfile": profile,
+        "InstanceType": group.instance,
+        "IamInstanceProfile": {"Arn": profile},
+        "SubnetIds": list(network.subnets),
+        "SecurityGroupIds": [network.security_group],
         "MetadataOptions": {"HttpTokens": "required", "HttpPutResponseHopLimit": 2},
         "BlockDeviceMappings": [{"DeviceName": "/dev/sda1", "Ebs": disk}],
-        **({"InstanceMarketOptions": {"MarketType": "spot"}} if spot else {}),
+        **({"InstanceMarketOptions": {"MarketType": "spot"}} if group.spot and role == "worker" else {}),
     }

@@ -29,7 +29,7 @@ def render(settings: ClusterSettings, out: Path) -> list[Path]:
         "kubernetes/10-prefect.yaml": _yaml(manifests(settings)),
         "kubernetes/20-ray-cluster.yaml": _yaml([ray_cluster(settings)]),
         "kubernetes/30-refresh-job.yaml": _yaml(refresh_job(settings)),
-        "ray-aws.yaml": _yaml([aws_cluster(settings)]),
+        **({"ray-aws.yaml": _yaml([aws_cluster(settings, settings.ray)])} if settings.ray else {}),
         "terraform/terraform.tfvars.json": json.dumps(terraform_variables(settings), indent=2) + "\n",
         "refresh.yaml": _yaml([settings.refresh_settings()]),
         "train.yaml": _yaml([settings.training_settings()]),
@@ -76,6 +76,7 @@ def terraform_variables(settings: ClusterSettings) -> dict[str, Any]:
         "region": settings.region,
         "zones": [settings.region + zone for zone in settings.zones],
         "bucket": settings.bucket,
+        "prefix": settings.prefix,
         "namespace": settings.namespace,
         "service_account": SERVICE_ACCOUNT,
         "kubernetes_version": settings.kubernetes_version,
@@ -157,6 +158,15 @@ One refresh without Prefect (after a failure, delete the job and apply it again:
 
 ```sh
 kubectl apply -f kubernetes/30-refresh-job.yaml
+```
+
+Ray without Kubernetes, instead: render once more, with the network that Terraform has made (`../my-cluster.yaml` is
+your settings file; as its key `ray` the network stays). The token that all nodes ask for is made in your home.
+
+```sh
+starflow cluster render --settings ../my-cluster.yaml --out . ray="$(terraform -chdir=terraform output -json ray)"
+ray get-auth-token --generate > /dev/null
+ray up ray-aws.yaml
 ```
 
 GPU machines begin at none. An autoscaler brings them, or you do, and take them away afterwards:

@@ -24,6 +24,13 @@ class NodeGroup(Config):
     spot: bool = Field(False, description="Cheaper machines that may be taken away; runs resume.")
 
 
+class RayNetwork(Config):
+    """Where machines of `ray up` live: what `terraform output -json ray` prints."""
+
+    subnets: tuple[str, ...] = Field(min_length=1, description="Subnets that give machines a public address.")
+    security_group: str = Field(pattern=r"^sg-[0-9a-f]+$", description="Security group of all machines.")
+
+
 class ClusterSettings(Config):
     """A cluster on AWS: where it is, what runs on it, how large it is."""
 
@@ -38,13 +45,15 @@ class ClusterSettings(Config):
     namespace: str = Field("starflow", pattern=NAME, description="Kubernetes namespace.")
     kubernetes_version: str = Field("1.34", pattern=r"^1\.\d+$", description="Version of the EKS control plane.")
     api_networks: tuple[str, ...] = Field(
-        description="Networks (CIDR) that may reach the Kubernetes API: your office or VPN, not the world."
+        description="Networks (CIDR) that may reach the Kubernetes API, and machines of `ray up` over SSH: your office "
+        "or VPN, not the world."
     )
     database_gib: int = Field(20, ge=5, description="Volume of Prefect's database.")
     retention_days: int = Field(30, ge=1, description="Noncurrent object versions are kept so long.")
     services: NodeGroup = Field(description="Machines for Prefect server, database, worker and the Ray head.")
     encode: NodeGroup = Field(description="Machines that caption and encode, as Ray workers.")
     train: NodeGroup = Field(description="Machines that train.")
+    ray: RayNetwork | None = Field(None, description="Network of `ray up`; without it ray-aws.yaml is not written.")
     refresh: dict[str, Any] = Field({}, description="Settings of the refresh that the RayJob runs.")
     training: dict[str, Any] = Field({}, description="Settings of the run that is trained.")
     slurm: dict[str, Any] = Field({}, description="Settings of `starflow launch --on slurm`, where there is a Slurm.")
@@ -76,6 +85,12 @@ class ClusterSettings(Config):
     def store(self) -> str:
         """URL of the store."""
         return f"s3://{self.bucket}/{self.prefix}".rstrip("/")
+
+    @property
+    def registry(self) -> str | None:
+        """Host of the images if it is Amazon's registry, to which machines have to log in."""
+        host = self.image.partition("/")[0]
+        return host if ".dkr.ecr." in host else None
 
     @property
     def cpu_image(self) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import pytest
 import yaml
 
 from infra.cluster.render import render
-from infra.cluster.settings import ClusterSettings
+from infra.cluster.settings import ClusterSettings, RayNetwork
 from pipelines.config import RefreshConfig
 from starflow.config import load_config
 from starflow.errors import ConfigError
@@ -26,18 +27,54 @@ from training.config import TrainConfig
 
 ROOT = Path(__file__).parent.parent.parent
 EXAMPLE = ROOT / "infra" / "cluster.yaml"
-#: The fields that KubeRay 1.6 knows, from its API reference; pods inside are checked as pods.
-RAY_JOB = {"entrypoint", "shutdownAfterJobFinishes", "ttlSecondsAfterFinished", "backoffLimit", "submissionMode",
-           "rayClusterSpec"}  # fmt: skip
-RAY_CLUSTER = {"rayVersion", "authOptions", "enableInTreeAutoscaling", "autoscalerOptions", "headGroupSpec",
-               "workerGroupSpecs"}  # fmt: skip
-HEAD_GROUP = {"rayStartParams", "template"}
-WORKER_GROUP = HEAD_GROUP | {"groupName", "replicas", "minReplicas", "maxReplicas"}
+STRING, NUMBER, FLAG, ANY = {"type": "string"}, {"type": "integer", "minimum": 0}, {"type": "boolean"}, {}
+STRINGS = {"type": "object", "additionalProperties": STRING}
+
+
+def fields(required: Sequence[str] = (), **properties: Any) -> dict[str, Any]:
+    """JSON schema of an object that has these fields and no others."""
+    return {"type": "object", "properties": properties, "required": list(required), "additionalProperties": False}
+
+
+#: KubeRay 1.6.2's RayClusterSpec and RayJobSpec as its API reference gives them (ray-project/kuberay,
+#: docs/reference/api.md, checked against ray-operator/apis/ray/v1). ANY: Kubernetes' own; pods are checked as pods.
+AUTH = fields(enableK8sTokenAuth=FLAG, secretName=STRING, mode={"enum": ["disabled", "token"]})
+AUTOSCALER = fields(
+    resources=ANY, image=STRING, imagePullPolicy=STRING, securityContext=ANY, idleTimeoutSeconds=NUMBER,
+    upscalingMode={"enum": ["Default", "Aggressive", "Conservative"]}, version={"enum": ["v1", "v2"]},
+    env=ANY, envFrom=ANY, volumeMounts=ANY,
+)  # fmt: skip
+HEAD_GROUP = fields(
+    ["template"], template=ANY, headService=ANY, enableIngress=FLAG, resources=STRINGS, labels=STRINGS,
+    rayStartParams=STRINGS, serviceType=STRING,
+)  # fmt: skip
+WORKER_GROUP = fields(
+    ["groupName", "maxReplicas", "minReplicas", "template"], suspend=FLAG, groupName=STRING, replicas=NUMBER,
+    minReplicas=NUMBER, maxReplicas=NUMBER, idleTimeoutSeconds=NUMBER, resources=STRINGS, labels=STRINGS,
+    rayStartParams=STRINGS, template=ANY, scaleStrategy=ANY, numOfHosts=NUMBER,
+)  # fmt: skip
+RAY_CLUSTER = fields(
+    ["headGroupSpec"], upgradeStrategy=ANY, authOptions=AUTH, suspend=FLAG, managedBy=STRING,
+    autoscalerOptions=AUTOSCALER, headServiceAnnotations=STRINGS, enableInTreeAutoscaling=FLAG,
+    gcsFaultToleranceOptions=ANY, headGroupSpec=HEAD_GROUP, rayVersion=STRING,
+    workerGroupSpecs={"type": "array", "items": WORKER_GROUP},
+)  # fmt: skip
+RAY_JOB = fields(
+    activeDeadlineSeconds=NUMBER, backoffLimit=NUMBER, rayClusterSpec=RAY_CLUSTER, submitterPodTemplate=ANY,
+    metadata=STRINGS, clusterSelector=STRINGS, submitterConfig=ANY, managedBy=STRING, deletionStrategy=ANY,
+    entrypoint=STRING, runtimeEnvYAML=STRING, jobId=STRING,
+    submissionMode={"enum": ["K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode"]},
+    entrypointResources=STRING, entrypointNumCpus={"type": "number"}, entrypointNumGpus={"type": "number"},
+    ttlSecondsAfterFinished=NUMBER, preRunningDeadlineSeconds=NUMBER, shutdownAfterJobFinishes=FLAG, suspend=FLAG,
+)  # fmt: skip
+RAY_KINDS = {"RayCluster": RAY_CLUSTER, "RayJob": RAY_JOB}
+#: What `terraform output -json ray` prints.
+RAY_NETWORK = {"subnets": ["subnet-0a1b", "subnet-0c2d"], "security_group": "sg-0e3f"}
 
 
 @pytest.fixture(scope="module")
 def settings() -> ClusterSettings:
-    return load_config(ClusterSettings, EXAMPLE)
+    return load_config(ClusterSettings, EXAMPLE, ray=RAY_NETWORK)
 
 
 @pytest.fixture(scope="module")
@@ -87,16 +124,36 @@ def test_the_validator_sees_a_wrong_field(manifests: list[dict[str, Any]]) -> No
         kubernetes_validate.validate(broken, "1.34", strict=True)
 
 
-def test_ray_resources_use_fields_that_kuberay_knows(manifests: list[dict[str, Any]]) -> None:
-    jobs = [manifest for manifest in manifests if manifest["kind"] == "RayJob"]
-    assert [job["apiVersion"] for job in jobs] == ["ray.io/v1"]
-    assert set(jobs[0]["spec"]) <= RAY_JOB
+def test_ray_resources_have_the_fields_of_kuberay(manifests: list[dict[str, Any]]) -> None:
+    found = [manifest for manifest in manifests if manifest["kind"].startswith("Ray")]
+    assert [(each["apiVersion"], each["kind"]) for each in found] == [
+        ("ray.io/v1", "RayCluster"),
+        ("ray.io/v1", "RayJob"),
+    ]
+    for manifest in found:
+        schema = fields(["spec"], apiVersion=STRING, kind=STRING, metadata=ANY, spec=RAY_KINDS[manifest["kind"]])
+        jsonschema.validate(manifest, schema)
+        broken = json.loads(json.dumps(manifest).replace('"idleTimeoutSeconds"', '"idleTimeout"'))
+        with pytest.raises(jsonschema.ValidationError, match="idleTimeout"):
+            jsonschema.validate(broken, schema)
+
+
+def test_ray_resources_are_what_kuberay_s_operator_accepts(manifests: list[dict[str, Any]]) -> None:
+    """The rules of ray-operator/controllers/ray/utils/validation.go that a schema does not hold."""
+    for manifest in manifests:
+        if manifest["kind"].startswith("Ray"):
+            assert re.fullmatch(r"[a-z]([-a-z0-9]{0,45}[a-z0-9])?", manifest["metadata"]["name"])
+        if manifest["kind"] == "RayJob":
+            job = manifest["spec"]
+            assert job["shutdownAfterJobFinishes"] or not job["ttlSecondsAfterFinished"]
+            assert job["submissionMode"] != "SidecarMode" or not job["backoffLimit"]
     for cluster in ray_clusters(manifests):
-        assert set(cluster) <= RAY_CLUSTER
-        assert set(cluster["headGroupSpec"]) <= HEAD_GROUP
-        assert all(isinstance(value, str) for value in cluster["headGroupSpec"]["rayStartParams"].values())
+        assert tuple(map(int, cluster["rayVersion"].split(".")[:2])) >= (2, 52), "token authentication needs it"
+        assert cluster["rayVersion"] == importlib.metadata.version("ray"), "the version of the images"
+        for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+            assert not {"labels", "redis-password"} & set(group["rayStartParams"])
+            assert "restartPolicy" not in group["template"]["spec"], "the autoscaler allows Never only"
         for group in cluster["workerGroupSpecs"]:
-            assert set(group) <= WORKER_GROUP
             assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
 
 
@@ -158,6 +215,37 @@ def test_the_ray_cluster_file_passes_rays_own_schema(out: Path) -> None:
         jsonschema.validate(cluster | {"max_worker": 1}, schema)
 
 
+def test_ray_on_aws_uses_what_terraform_makes(settings: ClusterSettings, out: Path) -> None:
+    from ray.autoscaler.tags import TAG_RAY_CLUSTER_NAME
+
+    cluster, text = yaml.safe_load((out / "ray-aws.yaml").read_text()), terraform(out / "terraform")
+    roles = re.search(r'resource "aws_iam_role" "ray" \{\s+for_each\s+= toset\((.*?)\)\s+name\s+= "(.*?)"', text)
+    assert roles
+    assert 'resource "aws_iam_instance_profile" "ray" {\n  for_each = aws_iam_role.ray\n' in text
+    named = roles[2].replace("${var.name}", settings.name)
+    profiles = {f"instance-profile/{named.replace('${each.key}', key)}" for key in json.loads(roles[1])}
+    nodes = {name: group["node_config"] for name, group in cluster["available_node_types"].items()}
+    used = {name: node["IamInstanceProfile"]["Arn"].rpartition(":")[2] for name, node in nodes.items()}
+    assert set(used.values()) == profiles
+    assert used["head"].endswith("-head"), "only the head may start machines"
+    tag = re.findall(r"(?:RequestTag|ResourceTag)/([\w-]+)", text)
+    assert set(tag) == {TAG_RAY_CLUSTER_NAME}
+    assert cluster["cluster_name"] == settings.name, "the value of that tag"
+    for node in nodes.values():
+        assert {key: node[key] for key in ("SubnetIds", "SecurityGroupIds")} == {
+            "SubnetIds": RAY_NETWORK["subnets"],
+            "SecurityGroupIds": [RAY_NETWORK["security_group"]],
+        }
+    output = re.search(r'output "ray" \{.*?value = \{(.*?)\}\n\}', text, re.S)
+    assert output
+    assert set(re.findall(r"(\w+) +=", output[1])) == set(RayNetwork.model_fields) == set(RAY_NETWORK)
+
+
+def test_without_a_network_there_is_no_file_for_ray_up(settings: ClusterSettings, tmp_path: Path) -> None:
+    files = render(settings.model_copy(update={"ray": None}), tmp_path)
+    assert "ray-aws.yaml" not in {file.name for file in files}
+
+
 def test_jobs_get_complete_settings(out: Path, manifests: list[dict[str, Any]], settings: ClusterSettings) -> None:
     refresh = load_config(RefreshConfig, out / "refresh.yaml")
     assert refresh.store == settings.store
@@ -215,7 +303,9 @@ def test_terraform_parses_and_refers_only_to_what_it_declares(out: Path) -> None
     assert len(declared) > 30
     variables = set(re.findall(r'^variable "(\w+)"', text, re.M))
     assert set(re.findall(r"(?<![\w.])var\.(\w+)", text)) == variables
-    assert set(re.findall(r"(?<![\w.])local\.(\w+)", text)) == {"issuer"}
+    locals_block = re.search(r"^locals \{(.*?)^\}", text, re.M | re.S)
+    assert locals_block
+    assert set(re.findall(r"(?<![\w.])local\.(\w+)", text)) == set(re.findall(r"^  (\w+) =", locals_block[1], re.M))
     values = json.loads((out / "terraform" / "terraform.tfvars.json").read_text())
     assert set(values) == variables
     fields = set(re.findall(r"^    (\w+) += (?:string|number|bool)$", text, re.M))
@@ -228,10 +318,20 @@ def test_terraform_is_private_encrypted_and_least_privileged(out: Path) -> None:
         assert re.search(rf"{guard}\s+= true", text)
     assert 'sse_algorithm     = "aws:kms"' in text
     assert "abort_incomplete_multipart_upload" in text
-    for policy in re.findall(r'data "aws_iam_policy_document" "work" \{.*?^\}', text, re.M | re.S):
-        assert not re.search(r'"\*"|:\*"', policy), "the work role may use its bucket and its key, nothing else"
-        assert "s3:DeleteBucket" not in policy
-    assert not re.search(r'"0\.0\.0\.0/0"', re.sub(r"route \{.*?\}", "", text, flags=re.S)), "no open ingress"
+    assert "noncurrent_version_expiration" in text
+    policies = re.findall(r'^data "aws_iam_policy_document" "(\w+)" (\{.*?^\})', text, re.M | re.S)
+    work, head = (next(body for name, body in policies if name == wanted) for wanted in ("work", "ray_head"))
+    assert '[join("/", compact([aws_s3_bucket.store.arn, var.prefix, "*"]))]' in work, "only the store's prefix"
+    assert re.search(r'variable = "s3:prefix"\s+values   = \["\$\{condition.value\}/\*"\]', work)
+    assert not re.search(r'\["\*"\]|:\*"', work), "the work role may use its bucket and its key, nothing else"
+    assert "s3:DeleteBucket" not in work
+    for statement in re.findall(r"statement \{(.*?)\n  \}", head, re.S):
+        assert '["*"]' not in statement or set(re.findall(r'"ec2:(\w+?)[A-Z]\w+"', statement)) == {"Describe"}
+        assert '"ec2:TerminateInstances"' not in statement or "ResourceTag/ray-cluster-name" in statement
+    for name, body in policies:  # pods by their service account, machines by EC2: never both for one role
+        assert name != "assume_work" or "ec2.amazonaws.com" not in body
+    outward = r'(route|resource "aws_vpc_security_group_egress_rule" "\w+") \{.*?\}'
+    assert not re.search(r'"0\.0\.0\.0/0"', re.sub(outward, "", text, flags=re.S)), "no open ingress"
 
 
 def test_what_to_type_is_a_valid_shell_script(out: Path, tmp_path: Path) -> None:
@@ -251,6 +351,7 @@ def test_what_to_type_is_a_valid_shell_script(out: Path, tmp_path: Path) -> None
         ("account=12", "account"),
         ("bucket=Upper_Case", "bucket"),
         ("nodes=3", "unknown key nodes"),
+        ("ray={subnets: [], security_group: sg-0}", "subnets"),
         ("training={ranks: 7}", "does not divide"),
         ("refresh={image_siz: 3}", "image_siz"),
     ],

@@ -1,16 +1,33 @@
-# Who may do what. Pods get the work role through their service account, machines of `ray up` by instance profile.
+# Who may do what. Pods get the work role through their service account; a Ray cluster without Kubernetes has the two of
+# ray.tf.
 
 data "aws_iam_policy_document" "work" {
   statement {
     sid       = "ListStore"
-    actions   = ["s3:ListBucket", "s3:ListBucketMultipartUploads", "s3:GetBucketLocation"]
+    actions   = ["s3:ListBucket"]
+    resources = [aws_s3_bucket.store.arn]
+
+    dynamic "condition" {
+      for_each = var.prefix == "" ? [] : [var.prefix]
+
+      content {
+        test     = "StringLike"
+        variable = "s3:prefix"
+        values   = ["${condition.value}/*"]
+      }
+    }
+  }
+
+  statement {
+    sid       = "ListUploads"
+    actions   = ["s3:ListBucketMultipartUploads", "s3:GetBucketLocation"]
     resources = [aws_s3_bucket.store.arn]
   }
 
   statement {
     sid       = "UseObjects"
     actions   = ["s3:GetObject", "s3:PutObject", "s3:DeleteObject", "s3:AbortMultipartUpload", "s3:ListMultipartUploadParts"]
-    resources = ["${aws_s3_bucket.store.arn}/*"]
+    resources = [join("/", compact([aws_s3_bucket.store.arn, var.prefix, "*"]))]
   }
 
   statement {
@@ -41,15 +58,6 @@ data "aws_iam_policy_document" "assume_work" {
       values   = ["sts.amazonaws.com"]
     }
   }
-
-  statement {
-    actions = ["sts:AssumeRole"]
-
-    principals {
-      type        = "Service"
-      identifiers = ["ec2.amazonaws.com"]
-    }
-  }
 }
 
 resource "aws_iam_role" "work" {
@@ -61,11 +69,6 @@ resource "aws_iam_role_policy" "work" {
   name   = "store"
   role   = aws_iam_role.work.id
   policy = data.aws_iam_policy_document.work.json
-}
-
-resource "aws_iam_instance_profile" "work" {
-  name = "${var.name}-work"
-  role = aws_iam_role.work.name
 }
 
 data "aws_iam_policy_document" "assume_cluster" {

@@ -1,4 +1,5 @@
-# One private and one public subnet in each zone. Nodes are private; traffic to S3 stays inside AWS.
+# One private and one public subnet in each zone. Kubernetes' nodes are private, Ray's are public and guarded by their
+# security group; traffic to S3 stays inside AWS.
 
 resource "aws_vpc" "main" {
   cidr_block           = "10.20.0.0/16"
@@ -21,6 +22,8 @@ resource "aws_subnet" "public" {
   availability_zone = each.key
   cidr_block        = cidrsubnet(aws_vpc.main.cidr_block, 8, 240 + each.value)
   tags              = { Name = "${var.name}-public-${each.key}" }
+
+  map_public_ip_on_launch = true # `ray up` reaches its machines over SSH
 }
 
 resource "aws_internet_gateway" "main" {
@@ -74,6 +77,6 @@ resource "aws_route_table_association" "private" {
 resource "aws_vpc_endpoint" "s3" {
   vpc_id          = aws_vpc.main.id
   service_name    = "com.amazonaws.${var.region}.s3"
-  route_table_ids = [aws_route_table.private.id]
+  route_table_ids = [aws_route_table.private.id, aws_route_table.public.id]
   tags            = { Name = "${var.name}-s3" }
 }

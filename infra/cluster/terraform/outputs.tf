@@ -12,3 +12,11 @@ output "work_role" {
   description = "Role of the pods that use the store."
   value       = aws_iam_role.work.arn
 }
+
+output "ray" {
+  description = "The setting `ray`: where machines of `ray up` live."
+  value = {
+    subnets        = [for zone in var.zones : aws_subnet.public[zone].id]
+    security_group = aws_security_group.ray.id
+  }
+}

@@ -25,6 +25,11 @@ variable "bucket" {
   description = "S3 bucket of the store."
 }
 
+variable "prefix" {
+  type        = string
+  description = "Prefix of the store in the bucket; empty for all of it."
+}
+
 variable "namespace" {
   type        = string
   description = "Kubernetes namespace whose service account may use the bucket."
@@ -42,7 +47,7 @@ variable "kubernetes_version" {
 
 variable "api_networks" {
   type        = list(string)
-  description = "Networks that may reach the Kubernetes API."
+  description = "Networks that may reach the Kubernetes API, and Ray machines over SSH."
 }
 
 variable "retention_days" {
