@@ -38,6 +38,9 @@ class PrefectAPI:
     def patch(self, path: str, body: Any) -> Any:
         return self._request("PATCH", path, body)
 
+    def delete(self, path: str) -> None:
+        self._request("DELETE", path)
+
     def _request(self, method: str, path: str, body: Any = None) -> Any:
         """The JSON answer, None when there is none.
 
