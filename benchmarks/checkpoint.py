@@ -1,12 +1,13 @@
-"""How long a save stops training: copied to memory and uploaded behind, against waiting for it.
+"""How long a save stops training, to local disk and to S3: uploaded behind the training, against waiting for it.
 
-    python benchmarks/checkpoint.py                      # 1.4 GB of state, two ranks, a local folder
-    python benchmarks/checkpoint.py --store s3://bucket/prefix      # and against S3
+    python benchmarks/checkpoint.py                                  # about four minutes on 2 cores
+    python benchmarks/checkpoint.py --store s3://bucket/prefix       # an S3 store of your own
 
-Writes benchmarks/results/checkpoint-cpu.{md,json} (checkpoint-s3 for S3). Both paths run in the same run, on the
-same state, against the same store. "stall": what the training loop waits for in `Saver.begin`, the slowest rank
-counts. "synchronous": the same save, waited for until its manifest is committed. Step times tell what an upload
-costs the training that goes on meanwhile. The load is noted: others that use the memory make the copy slower.
+1.4 GB of state on two ranks; a row for a local folder, one for an S3 server on this machine, which shares its cores and
+its disk. Writes benchmarks/results/checkpoint-cpu.{md,json}. Both ways of saving are measured in the same run, on the
+same state. "stall": what the training loop waits for in `Saver.begin`, the slowest rank counts. "synchronous": the same
+save, waited for until its manifest is committed. "behind": committed while training goes on, so many seconds after the
+stall; step times tell what that costs the training. Others that use the memory make the copy slower: see the load.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from loader import s3_store
 from train_step import machine, write
 
 from starflow.checkpoints import Progress, TrainedInfo, load_manifest
@@ -71,7 +74,7 @@ def rank(number: int, port: int, config: TrainConfig, flow: FlowConfig, repeats:
             "longest stall, s": max(stalls),
             "synchronous, s": median(synchronous),
             "longest stall, % of synchronous": 100 * max(stalls) / median(synchronous),
-            "committed behind after, s": median(behind),
+            "behind, s": median(behind),
             "step alone, s": median(alone),
             "step during upload, s": median(during) if during else "none",
         }
@@ -112,39 +115,47 @@ def timed_step(engine: Engine, config: TrainConfig) -> float:
     return time.perf_counter() - began
 
 
+def measure(store: str, folder: Path, arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The row of a store, and the state that was saved."""
+    config = TrainConfig.model_validate(
+        {"store": store, "run": "benchmark-checkpoint", "preset": "tiny", "steps": 100, "ranks": arguments.ranks,
+         "global_batch_size": arguments.ranks, "zero_stage": 2, "learning_rate": 1e-4, "keep_newest": 1,
+         "cache": folder}
+    )  # fmt: skip
+    flow = FlowConfig(width=arguments.width, layers=(1, 6), grid=(8, 8))
+    opened, out = open_store(store), folder / "result.json"
+    Lease(opened, config.run, OWNER, seconds=3600).acquire()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(rank, (port, config, flow, arguments.repeats, out), nprocs=arguments.ranks)
+    checkpoint = load_manifest(opened, config.run)
+    opened.delete(info.key for info in list(opened.list(f"runs/{config.run}/")))
+    size = sum(ref.size for ref in checkpoint.objects())
+    state = {
+        "state, bytes": size,
+        "parameters": sum(torch.Size(shape).numel() for shape in checkpoint.parameters.values()),
+    }
+    row = json.loads(out.read_text())
+    rates = {f"{way}, MB/s": size / 1e6 / row[f"{way}, s"] for way in ("synchronous", "behind")}
+    return {"store": "S3" if "://" in store else "a local folder"} | row | rates, state
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--store", help="object store; a temporary folder if left out")
+    parser.add_argument("--store", help="an S3 store, instead of a local one started for this")
     parser.add_argument("--width", type=int, default=1024, help="model width (7 layers)")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        store = arguments.store or str(Path(folder) / "store")
-        config = TrainConfig.model_validate(
-            {"store": store, "run": "benchmark-checkpoint", "preset": "tiny", "steps": 100, "ranks": arguments.ranks,
-             "global_batch_size": arguments.ranks, "zero_stage": 2, "learning_rate": 1e-4, "keep_newest": 1,
-             "cache": folder}
-        )  # fmt: skip
-        flow = FlowConfig(width=arguments.width, layers=(1, 6), grid=(8, 8))
-        opened = open_store(store)
-        Lease(opened, config.run, OWNER, seconds=3600).acquire()
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        out = Path(folder) / "result.json"
-        mp.spawn(rank, (port, config, flow, arguments.repeats, out), nprocs=arguments.ranks)
-        checkpoint = load_manifest(opened, config.run)
-        about = machine("cpu") | {
-            "state, bytes": sum(ref.size for ref in checkpoint.objects()),
-            "parameters": sum(torch.Size(shape).numel() for shape in checkpoint.parameters.values()),
-            "ranks": arguments.ranks,
-            "store": "S3" if "://" in store else "a local folder",
-            "saves of each kind": arguments.repeats,
-        }
-        rows = [json.loads(out.read_text())]
-        opened.delete(info.key for info in list(opened.list(f"runs/{config.run}/")))
-    write("checkpoint-s3" if "://" in store else "checkpoint-cpu", "What a checkpoint costs training", about, rows)
+    about = machine("cpu")
+    with tempfile.TemporaryDirectory(prefix="sfc-") as temporary:
+        folder = Path(temporary)
+        local, state = measure(str(folder / "store"), folder, arguments)
+        with s3_store(folder / "stack", arguments.store) as url:
+            remote, _ = measure(url, folder, arguments)
+    about |= state | {"ranks": arguments.ranks, "saves of each kind": arguments.repeats}
+    write("checkpoint-cpu", "What a checkpoint costs training", about, [local, remote])
 
 
 if __name__ == "__main__":
