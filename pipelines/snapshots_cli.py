@@ -128,7 +128,8 @@ def gc(
     store: StoreOption,
     keep: Annotated[int | None, typer.Option(min=1, help="Keep only the newest so many snapshots.")] = None,
     grace_hours: Annotated[
-        float, typer.Option(min=0, help="Leave unreferenced objects for so long: a refresh may be writing them.")
+        float,
+        typer.Option(min=0, help="Leave unreferenced objects for so long: a refresh or recaption may be writing them."),
     ] = 168.0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be deleted.")] = False,
     json: JsonOption = False,
@@ -137,14 +138,11 @@ def gc(
 
     A training run that still reads a deleted snapshot stops with an error.
     """
-    from pipelines.scrub import scrub_sources
+    from pipelines.garbage import collect
     from starflow.console import print_json
     from starflow.objectstore import open_store
-    from starflow.upkeep import collect_garbage
 
-    opened = open_store(store)
-    garbage = collect_garbage(opened, keep, grace_hours, dry_run)
-    scrubbed = 0 if dry_run else scrub_sources(opened)
+    garbage, scrubbed = collect(open_store(store), keep, grace_hours, dry_run)
     if json:
         print_json(garbage.model_dump(mode="json") | {"scrubbed": scrubbed})
         return
@@ -152,8 +150,13 @@ def gc(
     print(f"{verb} {len(garbage.snapshots)} snapshots and {garbage.objects:,} objects ({garbage.bytes / 1e6:,.1f} MB)")
     if scrubbed:
         print(f"erased {scrubbed:,} downloaded pictures that were taken down")
+    if garbage.unfinished:
+        print(f"{verb} what {garbage.unfinished:,} writes that died half-way have left")
     if garbage.waiting:
-        print(f"{len(garbage.waiting)} unreferenced groups stay until they are {grace_hours:g} hours old")
+        print(
+            f"{len(garbage.waiting)} unreferenced groups stay, as somebody may be writing them; "
+            f"a run after {garbage.due} deletes the last of them"
+        )
 
 
 def preview(

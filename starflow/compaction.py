@@ -30,6 +30,7 @@ from starflow.parts import (
     plan_part,
     text_array,
     write_shard,
+    write_tables,
 )
 from starflow.shardindex import MAX_SHARD_ROWS, read_index
 from starflow.snapshots import ArraySpec, Part, Snapshot, newest_snapshot, publish
@@ -125,15 +126,17 @@ def _merge(store: ObjectStore, group: Sequence[Part], shard_bytes: int, chunk_by
     )  # fmt: skip
     spans = [slice(k * plan.shard, k * plan.shard + plan.shard_rows(k)) for k in range(plan.shards)]
     ids = table["id"].to_pylist()
+    slices = (table.slice(span.start, span.stop - span.start) for span in spans)
+    tables = write_tables(store, plan, [()] * plan.shards, slices)
     refs = [
         write_shard(store, plan, number, arrays, ids[span])
         for number, (span, arrays) in enumerate(zip(spans, _shards(store, group, plan), strict=True))
     ]
-    return finish_part(store, plan, refs, (table.slice(span.start, span.stop - span.start) for span in spans))
+    return finish_part(store, plan, refs, tables)
 
 
 def _table(store: ObjectStore, part: Part) -> pa.Table:
-    """Samples and captions of the part's valid rows, as `finish_part` wants them."""
+    """Samples and captions of the part's valid rows, as `write_tables` wants them."""
     samples = pq.read_table(pa.BufferReader(manifest.get(store, part.samples)))
     table = complete(samples)
     for number, layer in enumerate(part.captions):

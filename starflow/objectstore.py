@@ -10,6 +10,8 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import re
+import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
@@ -19,6 +21,9 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from starflow.errors import AlreadyExistsError, ChangedError, ConfigError, NotFoundError, StoreError
+
+#: Names of a local store's files that are being written.
+_UNFINISHED = re.compile(r"\..+\.[0-9a-f]{32}~")
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,10 @@ class ObjectStore(ABC):
     @abstractmethod
     def delete(self, keys: Iterable[str]) -> None:
         """Deletes the objects; missing ones are fine."""
+
+    @abstractmethod
+    def sweep(self, seconds: float, dry_run: bool = False) -> int:
+        """Deletes what writes that died more than `seconds` ago have left, which no reader sees; returns how many."""
 
     @abstractmethod
     def upload(self, key: str, path: Path) -> None:
@@ -176,6 +185,20 @@ class LocalStore(ObjectStore):
 
     def upload(self, key: str, path: Path) -> None:
         with self._errors("upload", key), self._temporary(key) as unfinished:
+    def sweep(self, seconds: float, dry_run: bool = False) -> int:
+        limit, found = time.time() - seconds, 0
+        for folder, _, names in os.walk(self.root):
+            for name in names:
+                path = Path(folder, name)
+                if not _UNFINISHED.fullmatch(name):
+                    continue
+                with suppress(FileNotFoundError):  # just finished
+                    if path.stat().st_mtime <= limit:
+                        found += 1
+                        if not dry_run:
+                            path.unlink()
+        return found
+
             _copy_durably(path, unfinished)
             unfinished.replace(self.path(key))
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import io
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,11 @@ class PartPlan(Config):
     def shard_rows(self, index: int) -> int:
         """Rows of shard `index`."""
         return min(self.shard, self.rows - index * self.shard)
+
+
+def samples_key(part: str) -> str:
+    """Key of a part's sample table."""
+    return f"parts/{part}/samples.parquet"
 
 
 def text_array(layer: int | str) -> str:
@@ -153,31 +159,46 @@ def create_object(store: ObjectStore, key: str, data: bytes) -> ObjectRef:
     return ObjectRef(key=key, size=len(data), sha256=hashlib.sha256(data).hexdigest())
 
 
-def finish_part(store: ObjectStore, plan: PartPlan, refs: Sequence[ShardRef], tables: Iterable[pa.Table]) -> Part:
-    """Writes metadata, index, samples and captions of a part whose shards are all written.
+@dataclass(frozen=True)
+class PartTables:
+    """The written tables of a part: its samples, and the captions of each layer."""
+
+    samples: ObjectRef
+    captions: tuple[ObjectRef, ...]
+
+
+def write_tables(
+    store: ObjectStore, plan: PartPlan, holes: Iterable[Collection[int]], tables: Iterable[pa.Table]
+) -> PartTables:
+    """Writes samples and captions of a part: `holes` has the rows of each shard without a sample.
 
     `tables` yields one table a shard, all its rows in order, holes included: the columns of `SAMPLES` but
-    `row`, and ``caption:<layer>`` for each layer.
+    `row`, and ``caption:<layer>`` for each layer. Who knows the holes beforehand writes the tables before the
+    shards: then garbage collection can tell what an unfinished part holds.
     """
-    latents.write_metadata(store, plan.id, plan.arrays, plan.chunk, plan.shard)
-    prefix = f"parts/{plan.id}"
-    latent_refs = [_only(ref, ("mean", "std")) for ref in refs]
-    index = manifest.put(store, f"{prefix}/index.parquet", write_index(latent_refs))
     with tempfile.TemporaryDirectory(prefix="starflow-part-") as folder:
-        files = _write_tables(plan, refs, tables, Path(folder))
-        samples = manifest.upload(store, f"{prefix}/samples.parquet", files[0])
-        layers = []
-        for number, (layer, file) in enumerate(zip(plan.layers, files[1:], strict=True)):
-            captions = manifest.upload(store, f"{prefix}/captions/{number}.parquet", file)
-            layers.append(
-                CaptionLayer(
-                    origin=layer.origin,
-                    version=layer.version,
-                    weight=layer.weight,
-                    captions=captions,
-                    text=_finish_text(store, plan, number, refs),
-                )
-            )
+        files = _write_tables(plan, holes, tables, Path(folder))
+        captions = [
+            manifest.upload(store, f"parts/{plan.id}/captions/{number}.parquet", file)
+            for number, file in enumerate(files[1:])
+        ]
+        return PartTables(manifest.upload(store, samples_key(plan.id), files[0]), tuple(captions))
+
+
+def finish_part(
+    store: ObjectStore, plan: PartPlan, refs: Sequence[ShardRef], tables: Iterable[pa.Table] | PartTables
+) -> Part:
+    """Writes metadata and index of a part whose shards are all written, and the tables unless they are written."""
+    latents.write_metadata(store, plan.id, plan.arrays, plan.chunk, plan.shard)
+    latent_refs = [_only(ref, ("mean", "std")) for ref in refs]
+    index = manifest.put(store, f"parts/{plan.id}/index.parquet", write_index(latent_refs))
+    texts = [_finish_text(store, plan, number, refs) for number in range(len(plan.layers))]
+    if not isinstance(tables, PartTables):
+        tables = write_tables(store, plan, (ref.holes for ref in refs), tables)
+    layers = [
+        CaptionLayer(origin=layer.origin, version=layer.version, weight=layer.weight, captions=captions, text=text)
+        for layer, captions, text in zip(plan.layers, tables.captions, texts, strict=True)
+    ]
     return Part(
         id=plan.id,
         grid=plan.grid,
@@ -188,7 +209,7 @@ def finish_part(store: ObjectStore, plan: PartPlan, refs: Sequence[ShardRef], ta
         arrays={name: plan.arrays[name] for name in ("mean", "std")},
         vae=plan.vae,
         index=index,
-        samples=samples,
+        samples=tables.samples,
         captions=tuple(layers),
     )
 
@@ -206,16 +227,18 @@ def _only(ref: ShardRef, arrays: Sequence[str]) -> ShardRef:
     return ref.model_copy(update={"objects": {name: ref.objects[name] for name in arrays}})
 
 
-def _write_tables(plan: PartPlan, refs: Sequence[ShardRef], tables: Iterable[pa.Table], folder: Path) -> list[Path]:
+def _write_tables(
+    plan: PartPlan, holes: Iterable[Collection[int]], tables: Iterable[pa.Table], folder: Path
+) -> list[Path]:
     """Parquet files, one row group a shard: the samples, then the captions of each layer."""
     files = [folder / f"{number}.parquet" for number in range(1 + len(plan.layers))]
     schemas = [SAMPLES] + [CAPTIONS] * len(plan.layers)
     writers = [pq.ParquetWriter(file, schema, compression="zstd") for file, schema in zip(files, schemas, strict=True)]
     try:
-        for ref, table in zip(refs, tables, strict=True):
-            row = pa.array(np.arange(ref.rows) + ref.index * plan.shard)
-            valid = np.ones(ref.rows, bool)
-            valid[list(ref.holes)] = False
+        for shard, (missing, table) in enumerate(zip(holes, tables, strict=True)):
+            row = pa.array(np.arange(plan.shard_rows(shard)) + shard * plan.shard)
+            valid = np.ones(len(row), bool)
+            valid[list(missing)] = False
             columns = [row, *(table[name].combine_chunks() for name in SAMPLES.names[1:])]
             writers[0].write_table(pa.table(columns, names=SAMPLES.names).cast(SAMPLES).filter(pa.array(valid)))
             for layer, writer in enumerate(writers[1:]):

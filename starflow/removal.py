@@ -8,7 +8,7 @@ are copied. The new snapshot names the parts it withdraws, those that only older
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -22,7 +22,7 @@ from starflow.errors import AlreadyExistsError, NotFoundError
 from starflow.latents import MappedShard, encode_shard
 from starflow.manifest import ObjectRef
 from starflow.objectstore import ObjectStore
-from starflow.parts import LayerPlan, PartPlan, complete, create_object, finish_part, text_array
+from starflow.parts import LayerPlan, PartPlan, complete, create_object, finish_part, text_array, write_tables
 from starflow.shardindex import ShardIndex, ShardRef, held_out_candidates, read_index, shard_key
 from starflow.snapshots import ArraySpec, Part, Snapshot, load_snapshot, newest_snapshot, publish, snapshot_numbers
 from starflow.takedowns import Takedowns
@@ -127,9 +127,20 @@ def without(store: ObjectStore, part: Part, samples: pa.Table, blocked: NDArray[
     old |= {name: (text.array, _index(store, part, text.index)) for name, text in texts.items()}
     kept = samples.filter(pa.array(~blocked))
     removed_rows = removed["row"].to_numpy()
+    ids = _ids(plan, kept)
+    holes = [[row for row, id in enumerate(each) if id is None] for each in ids]
+    tables = write_tables(store, plan, holes, _tables(store, part, plan, kept))
     with ThreadPoolExecutor(THREADS) as pool:
-        refs = pool.map(lambda shard: _rewrite_shard(store, plan, old, shard, removed_rows, kept), range(plan.shards))
-        return finish_part(store, plan, list(refs), _tables(store, part, plan, kept))
+        refs = pool.map(lambda n: _rewrite_shard(store, plan, old, n, removed_rows, ids[n]), range(plan.shards))
+        return finish_part(store, plan, list(refs), tables)
+
+
+def _ids(plan: PartPlan, kept: pa.Table) -> list[list[str | None]]:
+    """The id of every row of each shard, None for a hole."""
+    ids: list[str | None] = [None] * plan.rows
+    for row, id in zip(kept["row"].to_pylist(), kept["id"].to_pylist(), strict=True):
+        ids[row] = id
+    return [ids[first : first + plan.shard] for first in range(0, plan.rows, plan.shard)]
 
 
 def _index(store: ObjectStore, part: Part, index: ObjectRef) -> ShardIndex:
@@ -142,7 +153,7 @@ def _rewrite_shard(
     old: dict[str, tuple[str, ShardIndex]],
     shard: int,
     removed: NDArray[np.int64],
-    kept: pa.Table,
+    ids: Sequence[str | None],
 ) -> ShardRef:
     """`old` says, for each array of the plan, what it is called in the old part, and where its shards lie."""
     first, rows = shard * plan.shard, plan.shard_rows(shard)
@@ -155,10 +166,6 @@ def _rewrite_shard(
         if len(here):
             data = _zeroed(data, spec, rows, plan, here, ref.key)
         objects[name] = create_object(store, shard_key(plan.id, name, shard, len(spec.shape)), data)
-    ids: list[str | None] = [None] * rows
-    for row, id in zip(kept["row"].to_pylist(), kept["id"].to_pylist(), strict=True):
-        if first <= row < first + rows:
-            ids[row - first] = id
     holes = tuple(row for row, id in enumerate(ids) if id is None)
     return ShardRef(index=shard, rows=rows, objects=objects, holes=holes, candidates=held_out_candidates(ids))
 
@@ -171,7 +178,7 @@ def _zeroed(data: bytes, spec: ArraySpec, rows: int, plan: PartPlan, here: NDArr
 
 
 def _tables(store: ObjectStore, part: Part, plan: PartPlan, kept: pa.Table) -> Iterator[pa.Table]:
-    """The tables that `finish_part` wants: every row of each shard, null where there is no sample."""
+    """The tables that `write_tables` wants: every row of each shard, null where there is no sample."""
     captions = [pq.read_table(pa.BufferReader(manifest.get(store, layer.captions))) for layer in part.captions]
     place = np.full(plan.rows, -1)
     place[kept["row"].to_numpy()] = np.arange(len(kept))

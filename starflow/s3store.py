@@ -9,7 +9,8 @@ import random
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -122,6 +123,25 @@ class S3Store(ObjectStore):
                     f"cannot delete {len(failed)} objects of {self.url}, first {first_failure.get('Key')}: "
                     f"{first_failure.get('Message')}; check the permission s3:DeleteObject"
                 )
+
+    def sweep(self, seconds: float, dry_run: bool = False) -> int:
+        limit, found, marker = datetime.now(UTC) - timedelta(seconds=seconds), 0, dict[str, str]()
+        while True:
+            arguments = {"Bucket": self.bucket, "Prefix": self.prefix, **marker}
+            page = self._retry("list uploads", "", partial(self.client.list_multipart_uploads, **arguments))
+            for upload in page.get("Uploads", ()):
+                if upload["Initiated"] <= limit:
+                    found += 1
+                    if not dry_run:
+                        self._abort(upload["Key"], upload["UploadId"])
+            if not page.get("IsTruncated"):
+                return found
+            marker = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
+
+    def _abort(self, name: str, upload: str) -> None:
+        call = partial(self.client.abort_multipart_upload, Bucket=self.bucket, Key=name, UploadId=upload)
+        with suppress(NotFoundError):  # just finished
+            self._retry("abort the upload of", name.removeprefix(self.prefix), call)
 
     def upload(self, key: str, path: Path) -> None:
         def transfer() -> None:

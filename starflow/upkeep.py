@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -13,12 +13,14 @@ from datetime import UTC, datetime, timedelta
 import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
+from pydantic import Field
 
 from starflow import manifest
 from starflow.config import Config
 from starflow.errors import CorruptError, NotFoundError
 from starflow.manifest import ObjectRef
 from starflow.objectstore import ObjectStore
+from starflow.parts import samples_key
 from starflow.shardindex import read_index
 from starflow.snapshots import (
     KIND,
@@ -30,11 +32,15 @@ from starflow.snapshots import (
     snapshot_key,
     snapshot_numbers,
 )
+from starflow.takedowns import Takedowns
 
 #: Objects looked at in parallel.
 THREADS = 8
 #: What garbage collection remembers between runs: unreferenced things and since when.
 MARKS = "gc/marks.json"
+#: A single write that is older than this has died.
+UNFINISHED_SECONDS = 86400.0
+_FOR_EVER = datetime.min.replace(tzinfo=UTC)
 
 
 class Difference(Config):
@@ -132,21 +138,33 @@ class Garbage(Config):
     """What garbage collection deleted, or would delete."""
 
     snapshots: tuple[str, ...]
-    groups: tuple[str, ...]
+    groups: tuple[str, ...] = Field(description="Parts (a folder), caption layers of parts, lists: key prefixes.")
     objects: int
     bytes: int
-    waiting: tuple[str, ...]
+    waiting: tuple[str, ...] = Field(description="Unreferenced groups that somebody may be writing.")
+    due: str | None = Field(description="ISO 8601, UTC: a run from then on deletes all that waits.")
+    unfinished: int = Field(description="Writes that died half-way, swept.")
+
+
+#: Which of the parts without a table (nobody has finished them) will never be published: (their ids, takedowns).
+Hopeless = Callable[[Collection[str], Takedowns], set[str]]
 
 
 def collect_garbage(
-    store: ObjectStore, keep: int | None = None, grace_hours: float = 168.0, dry_run: bool = False
+    store: ObjectStore,
+    keep: int | None = None,
+    grace_hours: float = 168.0,
+    dry_run: bool = False,
+    hopeless: Hopeless = lambda parts, takedowns: set(),
 ) -> Garbage:
-    """Deletes old snapshots, and what no snapshot refers to.
+    """Deletes old snapshots, and what no snapshot refers to: parts, caption layers, lists, writes that died.
 
     Snapshots go when they are older than the newest `keep` (None: all stay), or hold parts that a later takedown
-    withdrew; the newest always stays. Withdrawn parts go at once. Other unreferenced objects may belong to a
-    refresh at work: they go when a run `grace_hours` ago (longer than any refresh takes) has seen them
-    unreferenced already.
+    withdrew; the newest always stays. Withdrawn parts go at once, and unreferenced ones with a sample that was taken
+    down, and the `hopeless`. Other unreferenced objects may belong to work in progress: they go when a run
+    `grace_hours` ago (longer than any refresh or re-captioning takes) has seen them unreferenced already.
+
+    Killed at any moment, the same call again ends the same: what goes is recorded before the first deletion.
     """
     heads = [_Head.load(store, number) for number in snapshot_numbers(store)]
     withdrawn = {f"parts/{part}/" for head in heads for part in head.withdrawn}
@@ -157,19 +175,28 @@ def collect_garbage(
         if position < first_kept or not withdrawn.isdisjoint(head.groups)
     ]
     referenced = {group for head in heads if head not in going for group in head.groups}
-    at_once = withdrawn | {head.part_list for head in going}
-    unreferenced = {group: size for group, size in _groups(store).items() if group not in referenced}
-    ripe, waiting = _ripe(store, unreferenced, at_once, grace_hours, dry_run)
+    groups = _groups(store)
+    unreferenced = {group: groups[group] for group in groups if _is_unreferenced(group, referenced)}
+    takedowns = Takedowns.load(store, heads[-1].takedowns) if heads else Takedowns()
+    at_once = withdrawn | {head.part_list for head in going} | _blocked(store, unreferenced, takedowns, hopeless)
+    marks = _marks(store, unreferenced, at_once)
+    limit = datetime.now(UTC) - timedelta(hours=grace_hours)
+    ripe = [group for group, since in marks.items() if since <= limit]
+    waiting = {group: since for group, since in marks.items() if since > limit}
     if not dry_run:
+        _write_marks(store, marks)  # where the reason to go at once may go first
         store.delete([snapshot_key(head.number) for head in going])  # manifests before what they name
         for group in ripe:
-            store.delete([info.key for info in store.list(group)])
+            _delete_group(store, group)
+        _write_marks(store, waiting)
     return Garbage(
         snapshots=tuple(head.id for head in going),
         groups=tuple(sorted(ripe)),
         objects=sum(unreferenced[group][0] for group in ripe),
         bytes=sum(unreferenced[group][1] for group in ripe),
         waiting=tuple(sorted(waiting)),
+        due=_due(waiting, grace_hours),
+        unfinished=store.sweep(min(grace_hours * 3600, UNFINISHED_SECONDS), dry_run),
     )
 
 
@@ -181,6 +208,7 @@ class _Head:
     number: int
     part_list: str
     withdrawn: tuple[str, ...]
+    takedowns: ObjectRef | None
     groups: frozenset[str]
 
     @classmethod
@@ -188,35 +216,92 @@ class _Head:
         part_list = part_list_ref(manifest.load(store, snapshot_key(number), KIND, VERSION)).key
         snapshot = load_snapshot(store, str(number))
         groups = {part_list, *(f"parts/{part.id}/" for part in snapshot.parts)}
+        groups |= {_layer_group(layer.captions.key) for part in snapshot.parts for layer in part.captions}
         if snapshot.takedowns:
             groups.add(snapshot.takedowns.key)
-        return cls(snapshot.id, number, part_list, snapshot.withdrawn, frozenset(groups))
+        return cls(snapshot.id, number, part_list, snapshot.withdrawn, snapshot.takedowns, frozenset(groups))
+
+
+def _part_group(key: str) -> str:
+    return "/".join(key.split("/")[:2]) + "/"
+
+
+def _layer_group(key: str) -> str:
+    """The caption layer that an object of a part belongs to; "" for other objects.
+
+    Its captions lie under ``captions/<layer>`` and its text states under ``text/<layer>``.
+    """
+    names = key.split("/")
+    if len(names) < 4 or names[2] not in ("captions", "text") or names[3] == "zarr.json":
+        return ""
+    return f"{names[0]}/{names[1]}/captions/{names[3].partition('.')[0]}"
 
 
 def _groups(store: ObjectStore) -> dict[str, tuple[int, int]]:
-    """(objects, bytes) of everything that snapshots can refer to: a part is one group, a list another."""
+    """(objects, bytes) of everything that snapshots can refer to: a part, a caption layer of it, a list."""
     found: dict[str, tuple[int, int]] = defaultdict(lambda: (0, 0))
     for prefix in ("parts/", "partlists/", "takedowns/"):
         for info in store.list(prefix):
-            group = "/".join(info.key.split("/")[:2]) + "/" if prefix == "parts/" else info.key
-            objects, size = found[group]
-            found[group] = (objects + 1, size + info.size)
+            of_part = (_part_group(info.key), _layer_group(info.key))
+            for group in filter(None, of_part) if prefix == "parts/" else (info.key,):
+                objects, size = found[group]
+                found[group] = (objects + 1, size + info.size)
     return found
 
 
-def _ripe(
-    store: ObjectStore, unreferenced: Iterable[str], at_once: set[str], grace_hours: float, dry_run: bool
-) -> tuple[list[str], list[str]]:
-    """Splits into what may go now and what has to wait, and remembers since when it waits."""
+def _is_unreferenced(group: str, referenced: set[str]) -> bool:
+    """Layers count only in parts that stay: elsewhere they go with their part."""
+    if group in referenced:
+        return False
+    return group.endswith("/") or not group.startswith("parts/") or _part_group(group) in referenced
+
+
+def _blocked(store: ObjectStore, groups: Iterable[str], takedowns: Takedowns, hopeless: Hopeless) -> set[str]:
+    """Unreferenced parts that nobody can publish any more, as they hold samples that have been taken down."""
+    parts = [group.split("/")[1] for group in groups if group.startswith("parts/") and group.endswith("/")]
+    if not takedowns.entries or not parts:
+        return set()
+    blocked, unfinished = set(), set()
+    for part in parts:
+        try:
+            table = pq.read_table(io.BytesIO(store.read(samples_key(part))), columns=["id", "url"])
+        except NotFoundError:
+            unfinished.add(part)
+        else:
+            if takedowns.blocks(table["id"].to_pylist(), table["url"].to_pylist()).any():
+                blocked.add(part)
+    return {f"parts/{part}/" for part in blocked | hopeless(unfinished, takedowns)}
+
+
+def _delete_group(store: ObjectStore, group: str) -> None:
+    prefixes = [group]
+    if group.startswith("parts/") and not group.endswith("/"):
+        part, layer = group.split("/")[1::2]
+        prefixes = [f"{group}.", f"{group}/", f"parts/{part}/text/{layer}/"]
+    keys = [info.key for prefix in prefixes for info in store.list(prefix)]
+    # What says that the others are there goes first: nobody adopts what is half gone.
+    records = [key for key in keys if key.endswith(("/samples.parquet", "/layer.json"))]
+    store.delete(records)
+    store.delete([key for key in keys if key not in records])
+
+
+def _marks(store: ObjectStore, unreferenced: Iterable[str], at_once: set[str]) -> dict[str, datetime]:
+    """Since when each group waits, by what earlier runs remember; what goes at once has waited for ever."""
     now = datetime.now(UTC)
     try:
         seen: dict[str, str] = json.loads(store.read(MARKS))
     except NotFoundError:
         seen = {}
-    marks = {group: seen.get(group, now.isoformat()) for group in unreferenced}
-    limit = now - timedelta(hours=grace_hours)
-    ripe = [g for g, since in marks.items() if g in at_once or datetime.fromisoformat(since) <= limit]
-    waiting = [group for group in marks if group not in set(ripe)]
-    if not dry_run:
-        store.write(MARKS, json.dumps({group: marks[group] for group in waiting}, indent=1).encode())
-    return ripe, waiting
+    since = {group: datetime.fromisoformat(seen[group]) if group in seen else now for group in unreferenced}
+    return {group: _FOR_EVER if group in at_once else moment for group, moment in since.items()}
+
+
+def _write_marks(store: ObjectStore, marks: Mapping[str, datetime]) -> None:
+    text = json.dumps({group: since.isoformat() for group, since in marks.items()}, indent=1)
+    store.write(MARKS, text.encode())
+
+
+def _due(waiting: Mapping[str, datetime], grace_hours: float) -> str | None:
+    if not waiting:
+        return None
+    return (max(waiting.values()) + timedelta(hours=grace_hours)).isoformat(timespec="seconds")

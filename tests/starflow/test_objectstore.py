@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from starflow import s3store
 from starflow.errors import AlreadyExistsError, ChangedError, ConfigError, NotFoundError, StoreError, UnavailableError
 from starflow.objectstore import LocalStore, ObjectStore, open_store
+from tests.faulty_s3 import FaultyS3
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -131,9 +133,46 @@ def test_unreachable_endpoint_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
         open_store("s3://bucket").read("k")
 
 
+def test_a_store_without_patience_gives_up_soon(s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with FaultyS3(os.environ["AWS_ENDPOINT_URL"]) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        quick = open_store(s3_url, patience=0.5)
+        quick.write("sign", b"alive")  # a store that has answered would be waited for otherwise
+        for mode in ("down", "hang"):
+            proxy.mode = mode
+            began = time.monotonic()
+            with pytest.raises(UnavailableError, match="sign after"):
+                quick.read("sign")
+            assert time.monotonic() - began < 10
+        proxy.mode = ""
+        assert quick.read("sign") == b"alive"
+
+
 def test_wrong_credentials_and_missing_bucket_name_themselves(s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(NotFoundError, match="no-such-bucket"):
         open_store("s3://no-such-bucket").read("k")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     with pytest.raises(StoreError, match="refuses these credentials"):
         open_store(s3_url).write("k", b"x")
+
+
+def test_what_dead_writes_left_is_swept(store: ObjectStore) -> None:
+    store.write("a/whole", b"x")
+    for key in ("a/half", "b/c/half"):
+        if isinstance(store, s3store.S3Store):
+            name = store.prefix + key
+            upload = store.client.create_multipart_upload(Bucket=store.bucket, Key=name)["UploadId"]
+            store.client.upload_part(Bucket=store.bucket, Key=name, UploadId=upload, PartNumber=1, Body=b"x" * 2**20)
+        else:
+            assert isinstance(store, LocalStore)
+            path = store.path(key)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.with_name(f".{path.name}.{'0' * 32}~").write_bytes(b"x")
+            (store.root / "notes~").write_bytes(b"not ours")
+    assert store.sweep(3600) == 0
+    assert store.sweep(-3600, dry_run=True) == 2
+    assert store.sweep(-3600) == 2
+    assert store.sweep(-3600) == 0
+    assert store.read("a/whole") == b"x"
+    if isinstance(store, LocalStore):
+        assert {path.name for path in store.root.rglob("*") if path.is_file()} == {"whole", "notes~"}

@@ -1,6 +1,8 @@
 """Takedown, garbage collection, verification and differences of snapshots, proven on the stored bytes."""
 
 import hashlib
+import os
+import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from starflow.compaction import compact
 from starflow.encoders import TextIdentity, VAEIdentity
 from starflow.errors import ConfigError, NotFoundError
 from starflow.objectstore import open_store
-from starflow.parts import LayerPlan, part_from_arrays
+from starflow.parts import LayerPlan, add_layer, layer_folder, part_from_arrays, write_states
 from starflow.reader import SnapshotReader
 from starflow.removal import take_down
 from starflow.snapshots import load_snapshot, publish
@@ -240,3 +242,62 @@ def test_difference_counts_samples_and_parts(store):
     assert (found.added, found.removed, found.total) == (7, 1, (40, 46))
     assert found.grids == {"2x3": (40, 46)}
     assert difference(store, second, second).parts_added == ()
+
+
+def test_an_orphan_with_a_sample_taken_down_since_goes_at_once(store):
+    """A killed compaction has left it, say, or a snapshot that held it went before the takedown."""
+    a, _ = make_part(store, 0)[0], make_part(store, 1000)[0]
+    (killed, _, _), (late, mean, _) = make_part(store, 2000), make_part(store, 3000)
+    publish(store, parent=None, parts=[a], image_size=16)
+    store.delete([killed.samples.key, late.samples.key])  # killed before they had a table
+    take_down(store, Takedowns([("id", name(1007)), ("id", name(3003))]))
+    asked = []
+
+    def hopeless(parts, takedowns):
+        asked.append((parts, takedowns.blocks([name(3003)], [None]).tolist()))
+        return {late.id}
+
+    garbage = collect_garbage(store, hopeless=hopeless)
+    assert asked == [({killed.id, late.id}, [True])]
+    assert garbage.waiting == (f"parts/{killed.id}/",)
+    assert garbage.due is not None
+    assert datetime.fromisoformat(garbage.due) > datetime.now(UTC) + timedelta(hours=167)
+    assert {info.key.split("/")[1] for info in store.list("parts/")} == {a.id, killed.id}
+    assert mean[3].tobytes() not in stored_bytes(store)
+
+
+def test_caption_layers_that_no_snapshot_refers_to_go(store, tmp_path):
+    text = TextIdentity(name="t", sha256="1")
+    part = make_part(store, 0)[0]
+    snapshot, layers = publish(store, parent=None, parts=[part], image_size=16), []
+    for version in ("1", "2"):
+        plan = LayerPlan(origin="eye", version=version, text=text)
+        refs = [write_states(store, part, plan, k, np.full((rows, 2, 3), 1.5)) for k, rows in enumerate((16, 16, 8))]
+        spec = part.captions[0].text.spec
+        layers.append(add_layer(store, part, plan, [f"layer {version}"] * 40, (spec, refs)))
+        store.write(f"{layer_folder(part, plan)}/layer.json", b"{}")
+        kept = part.model_copy(update={"captions": (layers[-1],)})
+        snapshot = publish(store, parent=snapshot, parts=[kept], image_size=16)
+    assert collect_garbage(store, grace_hours=0).objects == 0  # older snapshots have them
+    garbage = collect_garbage(store, keep=1, grace_hours=0)
+    assert set(garbage.groups) > {f"parts/{part.id}/captions/0", layers[0].captions.key.rpartition("/")[0]}
+    left = {info.key.removeprefix(f"parts/{part.id}/") for info in store.list(f"parts/{part.id}/")}
+    layer = layers[1].captions.key.split("/")[3]
+    assert {key for key in left if key.startswith(("captions", "text"))} == {
+        f"captions/{layer}/{file}" for file in ("captions.parquet", "index.parquet", "layer.json")
+    } | {"text/zarr.json"} | {f"text/{layer}/{file}" for file in ("c/0/0/0", "c/1/0/0", "c/2/0/0", "zarr.json")}
+    assert verify(store, snapshot, read=True) == []
+    batch = SnapshotReader(store, snapshot, tmp_path / "cache").gather(GRID, np.arange(40))
+    assert set(batch.captions) == {"layer 2"}
+
+
+def test_writes_that_died_are_swept_after_a_day(store):
+    publish(store, parent=None, parts=[make_part(store, 0)[0]], image_size=16)
+    half = Path(store.url) / "parts" / f".half.{'0' * 32}~"
+    half.write_bytes(b"half")
+    assert collect_garbage(store).unfinished == 0
+    os.utime(half, (time.time() - 90_000,) * 2)
+    assert collect_garbage(store, dry_run=True).unfinished == 1
+    assert half.exists()
+    assert collect_garbage(store).unfinished == 1
+    assert not half.exists()
