@@ -66,9 +66,13 @@ def commit(store: ObjectStore, key: str, kind: str, version: int, body: dict[str
 
     Raises AlreadyExistsError when the key holds a different manifest: somebody else committed first.
     """
+    store.create(key, encode(kind, version, body))
+
+
+def encode(kind: str, version: int, body: dict[str, Any]) -> bytes:
+    """The manifest as it is stored: JSON."""
     manifest = {"kind": kind, "version": version, **body}
-    text = json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    store.create(key, text.encode())
+    return json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False).encode()
 
 
 def load(store: ObjectStore, key: str, kind: str, version: int) -> dict[str, Any]:

@@ -87,10 +87,12 @@ class ObjectStore(ABC):
         """
 
 
-def open_store(url: str) -> ObjectStore:
+def open_store(url: str, patience: float | None = None) -> ObjectStore:
     """Opens ``s3://bucket/prefix`` or a local folder (made on the first write).
 
-    Raises ConfigError for any other kind of URL.
+    patience: seconds after which an operation that S3 does not answer fails (UnavailableError), for what is of no
+    use when it is late, such as a sign of life; about two minutes if left out. Raises ConfigError for any other kind
+    of URL.
     """
     parts = urlsplit(url)
     if parts.scheme == "s3":
@@ -98,7 +100,7 @@ def open_store(url: str) -> ObjectStore:
 
         if not parts.netloc:
             raise ConfigError(f"store {url!r} names no bucket; write s3://BUCKET/PREFIX")
-        return S3Store(parts.netloc, parts.path.strip("/"))
+        return S3Store(parts.netloc, parts.path.strip("/"), patience)
     if parts.scheme == "file":
         return LocalStore(Path(parts.path))
     if "://" in url or not url:
@@ -183,8 +185,6 @@ class LocalStore(ObjectStore):
                     for parent in path.relative_to(self.root).parents:
                         (self.root / parent).rmdir()
 
-    def upload(self, key: str, path: Path) -> None:
-        with self._errors("upload", key), self._temporary(key) as unfinished:
     def sweep(self, seconds: float, dry_run: bool = False) -> int:
         limit, found = time.time() - seconds, 0
         for folder, _, names in os.walk(self.root):
@@ -199,6 +199,8 @@ class LocalStore(ObjectStore):
                             path.unlink()
         return found
 
+    def upload(self, key: str, path: Path) -> None:
+        with self._errors("upload", key), self._temporary(key) as unfinished:
             _copy_durably(path, unfinished)
             unfinished.replace(self.path(key))
 

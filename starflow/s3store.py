@@ -34,8 +34,8 @@ T = TypeVar("T")
 class S3Store(ObjectStore):
     """Keys under ``s3://bucket/prefix``; safe to use from several threads and after a fork."""
 
-    def __init__(self, bucket: str, prefix: str) -> None:
-        self.bucket, self.prefix = bucket, f"{prefix}/" if prefix else ""
+    def __init__(self, bucket: str, prefix: str, patience: float | None = None) -> None:
+        self.bucket, self.prefix, self.patience = bucket, f"{prefix}/" if prefix else "", patience
         self.url = f"s3://{bucket}/{prefix}".rstrip("/")
         self._client_of: tuple[int, Any] | None = None
         self._answered = False
@@ -44,7 +44,7 @@ class S3Store(ObjectStore):
     def client(self) -> Any:
         # boto3 clients do not survive a fork, so each process makes its own.
         if self._client_of is None or self._client_of[0] != os.getpid():
-            self._client_of = (os.getpid(), _s3_client())
+            self._client_of = (os.getpid(), _s3_client(self.patience))
         return self._client_of[1]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -220,13 +220,14 @@ class S3Store(ObjectStore):
             except (ClientError, BotoCoreError, Boto3Error) as error:
                 self._raise_if_final(key, error)
                 elapsed = time.monotonic() - started
-                if elapsed > (DEADLINE_SECONDS if self._answered else FIRST_DEADLINE_SECONDS):
+                deadline = self.patience or (DEADLINE_SECONDS if self._answered else FIRST_DEADLINE_SECONDS)
+                if elapsed > deadline:
                     amount = "" if size is None else f" ({size} bytes)"
                     raise UnavailableError(
                         f"cannot {operation} {self.url}/{key}{amount} after {attempt} attempts in {elapsed:.0f} s: "
                         f"{error}; check that the endpoint {self.client.meta.endpoint_url} is up"
                     ) from error
-                time.sleep(min(0.5 * 2**attempt, 10.0) * random.uniform(0.5, 1.0))
+                time.sleep(min(0.5 * 2**attempt, self.patience or 10.0, 10.0) * random.uniform(0.5, 1.0))
 
     def _raise_if_final(self, key: str, error: Exception) -> None:
         """Translates the answers that no retry will change."""
@@ -285,15 +286,15 @@ class _MemoryFile(io.RawIOBase):
         return len(block)
 
 
-def _s3_client() -> Any:
+def _s3_client(patience: float | None) -> Any:
     import boto3
     from botocore.config import Config as BotoConfig
     from botocore.exceptions import BotoCoreError
 
     settings = BotoConfig(
-        retries={"mode": "standard", "total_max_attempts": 4},
-        connect_timeout=5,
-        read_timeout=60,
+        retries={"mode": "standard", "total_max_attempts": 4 if patience is None else 1},
+        connect_timeout=min(5, patience or 5),
+        read_timeout=patience or 60,
         max_pool_connections=16,
     )
     try:

@@ -37,7 +37,7 @@ from tests.pipelines.test_refresh import STEADY, committed_urls, content
 def proxy(s3_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyS3]:
     """In the place of the S3 server, before a client that gives up soon."""
 
-    def impatient() -> Any:
+    def impatient(patience: float | None) -> Any:
         settings = BotoConfig(retries={"mode": "standard", "total_max_attempts": 2}, read_timeout=1)
         return boto3.session.Session().client("s3", config=settings)
 
