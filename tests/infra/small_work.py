@@ -107,6 +107,11 @@ def wait_for_state(api: PrefectAPI, run_id: str, name: str, seconds: float) -> N
     wait_for(f"the state {name}", reached, seconds)
 
 
+def wait_for_reschedule(api: PrefectAPI, run_id: str, seconds: float = 120) -> None:
+    """Until the run is no longer in the state in which it ended."""
+    wait_for("the automatic reschedule", lambda: state_of(api, run_id)["type"] not in FINAL, seconds)
+
+
 def training_started_by(api: PrefectAPI, snapshot: str, seconds: float = 120) -> dict[str, Any]:
     """The flow run that train-on-publish has made for `snapshot`."""
     deployment = api.get("/deployments/name/train/train-on-publish")["id"]

@@ -12,7 +12,6 @@ import yaml
 
 from infra.bootstrap import ROOT, WEBHOOK_BLOCK, bootstrap
 from infra.prefect_client import PrefectAPI, run_deployment, start_run
-from infra.processes import wait_until
 from infra.stack import LocalStack
 from pipelines.deployment import SECRETS, STORE_VARIABLE, limit_name
 from starflow.errors import NotFoundError, StarflowError
@@ -23,18 +22,6 @@ DEFINED = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
 @pytest.fixture
 def api(stack: LocalStack) -> PrefectAPI:
     return PrefectAPI(stack.state.env["PREFECT_API_URL"])
-
-
-@pytest.fixture
-def nightly(api: PrefectAPI) -> Iterator[dict[str, Any]]:
-    """The nightly schedule, turned on for one test."""
-    deployment = api.get("/deployments/name/refresh/refresh-nightly")
-    schedule = deployment["schedules"][0]
-    assert schedule["active"] is False
-    path = f"/deployments/{deployment['id']}/schedules/{schedule['id']}"
-    api.patch(path, {"active": True, "schedule": {"cron": "15 4 * * *", "timezone": "Europe/Paris"}})
-    yield deployment
-    api.patch(path, {"active": False, "schedule": schedule["schedule"]})
 
 
 @pytest.mark.parametrize("entrypoint", sorted({deployment["entrypoint"] for deployment in DEFINED}))
@@ -60,53 +47,51 @@ def test_every_deployment_runs_as_it_is_registered(api: PrefectAPI, stack: Local
         assert answer == {"errors": [], "valid": True}, deployment["name"]
 
 
-def test_limits_variable_and_blocks_are_made_once(api: PrefectAPI, stack: LocalStack) -> None:
-    def value(kind: str, name: str) -> Any:
-        path = f"/block_types/slug/{kind}/block_documents/name/{name}?include_secrets=true"
-        return api.get(path)["data"]
+def block(api: PrefectAPI, kind: str, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = api.get(f"/block_types/slug/{kind}/block_documents/name/{name}?include_secrets=true")
+    return found
 
+
+def test_limits_variable_and_blocks_are_made(api: PrefectAPI, stack: LocalStack) -> None:
     assert api.get(f"/variables/name/{STORE_VARIABLE}")["value"] == stack.state.store
     assert api.get(f"/v2/concurrency_limits/{quote(limit_name(stack.state.store))}")["limit"] == 1
-    assert set(value("secret", name)["value"] for name in SECRETS) == {""}
-    assert value("webhook", WEBHOOK_BLOCK) == {"method": "POST", "url": ""} | value("webhook", WEBHOOK_BLOCK)
-
-    name = next(iter(SECRETS))
-    document = api.get(f"/block_types/slug/secret/block_documents/name/{name}")
-    api.patch(f"/block_documents/{document['id']}", {"data": {"value": "mine"}})
-    api.patch(f"/variables/name/{STORE_VARIABLE}", {"value": "s3://elsewhere"})
-    try:
-        assert bootstrap(api.url, stack.state.store)["store"] == "s3://elsewhere"
-        assert value("secret", name)["value"] == "mine"
-        assert api.get("/deployments/name/refresh/refresh-now")["parameters"] == {"store": "s3://elsewhere"}
-    finally:
-        api.patch(f"/variables/name/{STORE_VARIABLE}", {"value": stack.state.store})
-        api.patch(f"/block_documents/{document['id']}", {"data": {"value": ""}})
-    assert bootstrap(api.url, stack.state.store)["deployments"] == "registered"
-    assert bootstrap(api.url, stack.state.store)["deployments"] == "unchanged"
+    assert {block(api, "secret", name)["data"]["value"] for name in SECRETS} == {""}
+    webhook = block(api, "webhook", WEBHOOK_BLOCK)["data"]
+    assert (webhook["method"], webhook["url"], webhook["headers"]) == ("POST", "", {"Content-Type": "application/json"})
 
 
-def test_active_schedule_gets_runs(api: PrefectAPI, nightly: dict[str, Any]) -> None:
-    """With sqlalchemy 2.1 the scheduler creates none, silently."""
-    wanted = {
-        "deployments": {"id": {"any_": [nightly["id"]]}},
-        "flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}},
-    }
-    assert wait_until(lambda: bool(api.post("/flow_runs/filter", wanted)), seconds=60, every=0.5)
+@pytest.fixture
+def changed(api: PrefectAPI) -> Iterator[dict[str, Any]]:
+    """A schedule, an automation and a secret as somebody has changed them in the UI; an automation of earlier days."""
+    deployment = api.get("/deployments/name/refresh/refresh-nightly")
+    schedule = deployment["schedules"][0]
+    schedule_path = f"/deployments/{deployment['id']}/schedules/{schedule['id']}"
+    automation = next(a for a in api.post("/automations/filter") if a["name"] == "starflow: data are stale")
+    secret = block(api, "secret", next(iter(SECRETS)))["id"]
+    writable = {key: automation[key] for key in ("name", "enabled", "trigger", "actions")}
+    patient = {"enabled": False, "trigger": automation["trigger"] | {"within": 604800.0}}
+    api.patch(schedule_path, {"active": True, "schedule": {"cron": "15 4 * * *", "timezone": "Europe/Paris"}})
+    api.put(f"/automations/{automation['id']}", writable | patient)
+    api.post("/automations/", writable | {"name": "starflow: of earlier days"})
+    api.patch(f"/block_documents/{secret}", {"data": {"value": "mine"}})
+    yield automation
+    api.patch(schedule_path, {"active": False, "schedule": schedule["schedule"]})
+    api.put(f"/automations/{automation['id']}", writable)
+    api.patch(f"/block_documents/{secret}", {"data": {"value": ""}})
 
 
 def test_bootstrap_keeps_what_was_changed_in_the_ui(
-    api: PrefectAPI, nightly: dict[str, Any], stack: LocalStack
+    api: PrefectAPI, changed: dict[str, Any], stack: LocalStack
 ) -> None:
-    automation = next(a for a in api.post("/automations/filter") if a["name"] == "train-on-publish")
-    assert automation["enabled"] is False
-    api.patch(f"/automations/{automation['id']}", {"enabled": True})
-    answer = bootstrap(api.url, stack.state.store, force=True)
+    answer = bootstrap(api.url, "s3://elsewhere", force=True)
+    assert answer["store"] == stack.state.store, "the variable counts"
     assert answer["automations"]["created"] == []
+    assert answer["automations"]["removed"] == ["starflow: of earlier days"]
     schedule = api.get("/deployments/name/refresh/refresh-nightly")["schedules"][0]
-    assert schedule["active"]
-    assert schedule["schedule"]["cron"] == "15 4 * * *"
-    assert api.get(f"/automations/{automation['id']}")["enabled"] is True
-    api.patch(f"/automations/{automation['id']}", {"enabled": False})
+    assert (schedule["active"], schedule["schedule"]["cron"]) == (True, "15 4 * * *")
+    automation = api.get(f"/automations/{changed['id']}")
+    assert (automation["enabled"], automation["trigger"]["within"]) == (False, 604800.0)
+    assert block(api, "secret", next(iter(SECRETS)))["data"]["value"] == "mine"
     assert bootstrap(api.url, stack.state.store)["deployments"] == "unchanged"
 
 

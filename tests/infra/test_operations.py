@@ -24,6 +24,7 @@ from tests.infra.small_work import (
     training_on_publish,
     training_started_by,
     wait_for,
+    wait_for_reschedule,
     wait_for_state,
 )
 
@@ -91,7 +92,8 @@ def test_refresh_event_train_cancel_retry_kill_complete(
         wait_for("a later checkpoint", lambda: list_steps(store, run)[-1] > steps[-1], 300)
         process_of(stack, flow_run).send_signal(signal.SIGKILL)
         wait_for("the crash", lambda: state_of(api, flow_run)["type"] == "CRASHED", 60)
-        wait_for_state_after_crash(api, flow_run)
+        wait_for_reschedule(api, flow_run)
+        wait_for_state(api, flow_run, "Completed", 600)
         assert committed_steps(s3_url, run) == list(range(1, SMALL_RUN["steps"] + 1))
         assert at_work_on(stack, run) == []
         assert api.get(f"/flow_runs/{flow_run}")["run_count"] == 3, (
@@ -102,8 +104,3 @@ def test_refresh_event_train_cancel_retry_kill_complete(
 def retry(api: PrefectAPI, flow_run: str) -> None:
     state = {"type": "SCHEDULED", "name": "AwaitingRetry", "message": "Retried by a person"}
     api.post(f"/flow_runs/{flow_run}/set_state", {"state": state, "force": True})
-
-
-def wait_for_state_after_crash(api: PrefectAPI, flow_run: str) -> None:
-    wait_for("the automatic reschedule", lambda: state_of(api, flow_run)["type"] != "CRASHED", 120)
-    wait_for_state(api, flow_run, "Completed", 600)
