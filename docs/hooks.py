@@ -23,6 +23,8 @@ SETTINGS = {
     "starflow refresh": "pipelines.config.RefreshConfig",
     "backfill in Prefect": "pipelines.deployment.BackfillConfig",
     "cleanup in Prefect": "infra.cleanup.CleanupConfig",
+    "inspect in Prefect": "infra.upkeep_flows.InspectConfig",
+    "takedown in Prefect": "pipelines.takedown.TakedownConfig",
     "starflow recaption": "pipelines.recaption.RecaptionConfig",
     "starflow train": "training.config.TrainConfig",
     "starflow launch": "infra.launch.common.LaunchConfig",

@@ -9,6 +9,7 @@ from pydantic import Field
 from pipelines.scrub import scrub_sources
 from starflow import manifest
 from starflow.checkpoints import list_runs
+from starflow.compaction import compact
 from starflow.config import Config
 from starflow.objectstore import ObjectStore
 from starflow.upkeep import collect_garbage
@@ -41,13 +42,26 @@ class CleanupConfig(Config):
         ge=1,
         le=100_000,
     )
+    compact: bool = Field(
+        False,
+        title="Merge small parts",
+        description="First publish a snapshot of the same samples in few large parts, if nightly refreshes have left "
+        "many small ones, which read slowly.",
+    )
     dry_run: bool = Field(False, title="Dry run", description="Only say what would be deleted.")
 
 
 def clean_snapshots(store: ObjectStore, config: CleanupConfig) -> dict[str, Any]:
-    """Deletes snapshots and unreferenced objects; JSON with counts."""
+    """Merges small parts if asked for, then deletes snapshots and unreferenced objects; JSON with counts.
+
+    A merge goes on top of whatever is published meanwhile, and a refresh at work goes on top of the merge.
+    """
+    parts = {}
+    if config.compact and not config.dry_run:
+        done = compact(store)
+        parts = {"parts_before": done.before, "parts_after": done.after}
     garbage = collect_garbage(store, config.keep_snapshots, config.grace_hours, config.dry_run)
-    return {
+    return parts | {
         "snapshots": len(garbage.snapshots),
         "objects": garbage.objects,
         "bytes": garbage.bytes,

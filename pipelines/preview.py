@@ -41,6 +41,16 @@ class Preview:
     captions: list[list[str]]
     urls: list[str]
 
+    @property
+    def name(self) -> str:
+        """The grid, as height x width of its latents."""
+        return f"{self.grid[0]}x{self.grid[1]}"
+
+    def picture(self) -> Image.Image:
+        """All samples in one picture, each above its first caption."""
+        captions = [each[0] if each else "" for each in self.captions]
+        return picture_grid(list(self.pixels), captions, scale=max(1, 96 // self.pixels.shape[1]))
+
 
 def decode_samples(
     store: ObjectStore, snapshot: Snapshot, cache: Path, count: int, seed: int = 0, vae: str | None = None
@@ -79,10 +89,8 @@ def write_preview(snapshot: Snapshot, previews: list[Preview], folder: Path) -> 
     folder.mkdir(parents=True, exist_ok=True)
     figures = []
     for preview in previews:
-        name = f"{preview.grid[0]}x{preview.grid[1]}"
-        scale = max(1, 96 // preview.pixels.shape[1])
-        first_captions = [captions[0] if captions else "" for captions in preview.captions]
-        picture_grid(list(preview.pixels), first_captions, scale=scale).save(folder / f"grid-{name}.png")
+        name = preview.name
+        preview.picture().save(folder / f"grid-{name}.png")
         for number, pixels in enumerate(preview.pixels):
             file = f"{name}-{number:04d}.png"
             Image.fromarray(pixels).save(folder / file)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import base64
 import io
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from pipelines.drops import drop_samples
+from starflow.errors import CorruptError
 from starflow.objectstore import ObjectStore
 from starflow.snapshots import Snapshot
+from starflow.upkeep import Difference
 
 
 def facts(snapshot: Snapshot) -> list[tuple[str, str]]:
@@ -39,6 +42,19 @@ def facts(snapshot: Snapshot) -> list[tuple[str, str]]:
         ("versions", "\n".join(f"{what}: {version}" for what, version in sorted(snapshot.versions.items()))),
         ("attribution", snapshot.attribution or ""),
     ]
+
+
+def compared(found: Difference) -> list[tuple[str, str, str]]:
+    """(what, in the old snapshot, in the new one) of a comparison sample by sample."""
+    rows = [("added", "", f"{found.added:,}"), ("removed", f"{found.removed:,}", "")]
+    rows += [("samples", f"{found.total[0]:,}", f"{found.total[1]:,}")]
+    rows += [(f"latents {grid}", f"{before:,}", f"{after:,}") for grid, (before, after) in found.grids.items()]
+    return [*rows, ("parts of one only", f"{len(found.parts_removed):,}", f"{len(found.parts_added):,}")]
+
+
+def damaged(snapshot: Snapshot, problems: Sequence[str]) -> CorruptError:
+    """The error for a snapshot with these problems."""
+    return CorruptError(f"snapshot {snapshot.id} has {len(problems)} problems; restore these objects or go back")
 
 
 def difference(parent: Snapshot | None, snapshot: Snapshot) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     pass
 
 snapshots = typer.Typer(help="List, show, compare and check published snapshots.", no_args_is_help=True)
+
+#: Rules of a takedown that are printed for people.
+RULES = 20
 
 StoreOption = Annotated[str, typer.Option("--store", help="Where snapshots live: a folder or s3://BUCKET/PREFIX.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
@@ -61,6 +64,7 @@ def diff(
     json: JsonOption = False,
 ) -> None:
     """Compare two snapshots, sample by sample."""
+    from pipelines.report import compared
     from starflow.console import print_json
     from starflow.objectstore import open_store
     from starflow.snapshots import load_snapshot
@@ -71,11 +75,7 @@ def diff(
     if json:
         print_json(found.model_dump(mode="json"))
         return
-    rows = [("added", "", f"{found.added:,}"), ("removed", f"{found.removed:,}", "")]
-    rows += [("samples", f"{found.total[0]:,}", f"{found.total[1]:,}")]
-    rows += [(f"latents {grid}", f"{before:,}", f"{after:,}") for grid, (before, after) in found.grids.items()]
-    rows += [("parts of one only", f"{len(found.parts_removed):,}", f"{len(found.parts_added):,}")]
-    _print_table(("", found.old, found.new), rows)
+    _print_table(("", found.old, found.new), compared(found))
 
 
 @snapshots.command()
@@ -87,8 +87,8 @@ def verify(
     json: JsonOption = False,
 ) -> None:
     """Check that all objects of a snapshot are there, with the right sizes; with --read also their content."""
+    from pipelines.report import damaged
     from starflow.console import console, print_json
-    from starflow.errors import CorruptError
     from starflow.objectstore import open_store
     from starflow.snapshots import load_snapshot
     from starflow.upkeep import verify as find_problems
@@ -102,7 +102,7 @@ def verify(
     for problem in problems:
         console.print(problem, highlight=False, markup=False)
     if problems:
-        raise CorruptError(f"snapshot {snapshot.id} has {len(problems)} problems; restore these objects or go back")
+        raise damaged(snapshot, problems)
     if not json:
         print(f"{snapshot.id}: all {len(snapshot.parts)} parts are there" + (" and intact" if read else ""))
 
@@ -189,41 +189,35 @@ def preview(
 
 def takedown(
     store: StoreOption,
-    url: Annotated[list[str] | None, typer.Option(help="Exact URL; may be repeated.")] = None,
+    url: Annotated[list[str] | None, typer.Option(help="URL, in any spelling; may be repeated.")] = None,
     host: Annotated[list[str] | None, typer.Option(help="Host, with its subdomains; may be repeated.")] = None,
     id: Annotated[list[str] | None, typer.Option(help="Sample id: SHA-256 of the file; may be repeated.")] = None,
-    file: Annotated[
-        Path | None, typer.Option(help="Text file: a URL, host or id a line.", exists=True, dir_okay=False)
-    ] = None,
+    file: Annotated[str | None, typer.Option(help="Text file, local or on s3://: a URL, host or id a line.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count what would be taken down.")] = False,
     json: JsonOption = False,
 ) -> None:
     """Publish a snapshot without some samples, which never come back. Run `snapshots gc` to delete their bytes."""
-    from starflow.console import print_json
-    from starflow.errors import ConfigError
-    from starflow.objectstore import open_store
-    from starflow.removal import take_down
-    from starflow.takedowns import Takedowns, check_entry, parse_entry
+    from pipelines.takedown import TakedownConfig
+    from pipelines.takedown import takedown as run
+    from starflow.console import console, print_json
 
-    entries = [(kind, value) for kind, values in (("url", url), ("host", host), ("id", id)) for value in values or ()]
-    if file is not None:
-        entries += [parse_entry(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not entries:
-        raise ConfigError("nothing to take down; name it with --url, --host, --id or --file")
-    removal = take_down(open_store(store), Takedowns(check_entry(*entry) for entry in entries))
-    answer: dict[str, Any] = {
-        "snapshot": removal.snapshot.id,
-        "parent": removal.snapshot.parent,
-        "removed": removal.removed,
-        "total": removal.snapshot.counts.total,
-    }
+    named = {"urls": tuple(url or ()), "hosts": tuple(host or ()), "ids": tuple(id or ())}
+    done = run(TakedownConfig(store=store, **named, file=file, dry_run=dry_run))
     if json:
-        print_json(answer)
-    else:
-        print(f"snapshot {answer['snapshot']}: {removal.removed:,} samples removed, {answer['total']:,} left")
-        if not removal.removed:
-            print("the newest snapshot held none of them; they are recorded, and stay out of later ones")
-        if removal.snapshot.withdrawn:
-            print(f"their bytes go with: starflow snapshots gc --store {store}")
+        print_json(done.model_dump())
+        return
+    for rule, count in list(done.rules.items())[:RULES]:
+        console.print(f"{count:>9,}  {rule}", highlight=False, markup=False)
+    if len(done.rules) > RULES:
+        console.print(f"and {len(done.rules) - RULES:,} more rules; --json has all")
+    if dry_run:
+        print(f"snapshot {done.snapshot}: {done.removed:,} of {done.total:,} samples would be removed")
+        return
+    print(f"snapshot {done.snapshot}: {done.removed:,} samples removed, {done.total:,} left")
+    if not done.removed:
+        print("the newest snapshot held none of them; they are recorded, and stay out of later ones")
+    if done.withdrawn:
+        print(f"their bytes go with: starflow snapshots gc --store {store}")
 
 
 def _print_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:

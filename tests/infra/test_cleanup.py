@@ -14,9 +14,16 @@ from infra.cleanup import CleanupConfig, clean_runs, clean_snapshots
 from starflow import manifest
 from starflow.objectstore import ObjectStore, open_store
 from starflow.parts import part_from_arrays
-from starflow.snapshots import load_snapshot, publish, snapshot_numbers
+from starflow.snapshots import Part, load_snapshot, publish, snapshot_numbers
 from tests.training.small_snapshot import VAE, publish_samples
 from training.record import RUN_KIND, RUN_VERSION, run_key
+
+
+def pictures(store: ObjectStore, start: int, stop: int) -> Part:
+    """A part without captions."""
+    table = pa.table({"id": [f"{row:064x}" for row in range(start, stop)], "url": [""] * (stop - start)})
+    latents = np.ones((stop - start, 4, 8, 8), np.float16)
+    return part_from_arrays(store, VAE, latents, latents, table, [])
 
 
 @pytest.fixture
@@ -24,10 +31,7 @@ def store(tmp_path: Path) -> ObjectStore:
     """Two snapshots and two runs."""
     store = open_store(str(tmp_path / "store"))
     first = publish_samples(store, count=8)
-    table = pa.table({"id": [f"{row:064x}" for row in range(2)], "url": ["", ""]})
-    latents = np.ones((2, 4, 8, 8), np.float16)
-    more = part_from_arrays(store, VAE, latents, latents, table, [])
-    publish(store, parent=first, parts=[*first.parts, more], image_size=16)
+    publish(store, parent=first, parts=[*first.parts, pictures(store, 0, 2)], image_size=16)
     for run, newest in (("a", 2), ("b", 5)):
         config = {"config": {"keep_newest": newest, "keep_every": None}}
         manifest.commit(store, run_key(run), RUN_KIND, RUN_VERSION, config)
@@ -56,6 +60,18 @@ def test_old_snapshots_go_but_not_in_a_dry_run(store: ObjectStore) -> None:
     assert (done["snapshots"], done["scrubbed"]) == (1, 0)
     assert snapshot_numbers(store) == [2]
     assert load_snapshot(store).counts.total == 10
+
+
+def test_small_parts_are_merged_before_their_snapshots_go(store: ObjectStore) -> None:
+    """Two of the three: the other one has captions."""
+    newest = load_snapshot(store)
+    publish(store, parent=newest, parts=[*newest.parts, pictures(store, 2, 5)], image_size=16)
+    asked = CleanupConfig(store=store.url, keep_snapshots=1, compact=True, dry_run=True)
+    assert "parts_after" not in clean_snapshots(store, asked)
+    done = clean_snapshots(store, asked.model_copy(update={"dry_run": False}))
+    assert (done["parts_before"], done["parts_after"], done["snapshots"]) == (3, 2, 3)
+    assert snapshot_numbers(store) == [4]
+    assert (len(load_snapshot(store).parts), load_snapshot(store).counts.total) == (2, 13)
 
 
 def test_each_run_keeps_what_its_own_settings_say(store: ObjectStore, pruned: list[Any]) -> None:

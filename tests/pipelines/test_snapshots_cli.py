@@ -76,6 +76,8 @@ def test_diff_verify_takedown_and_gc(store):
     assert "intact" in run("snapshots", "verify", "--store", store, "--read")
     answer = json.loads(run("takedown", "--host", "h1", "--url", "http://h0/4", "--store", store, "--json"))
     assert (answer["removed"], answer["total"]) == (21, 19)
+    assert answer["rules"] == {"host h1": 20, "url http://h0/4": 1}
+    assert answer["withdrawn"] == 2
     assert json.loads(run("snapshots", "gc", "--store", store, "--dry-run", "--json"))["objects"] > 0
     garbage = json.loads(run("snapshots", "gc", "--store", store, "--json"))
     assert len(garbage["snapshots"]) == 2
@@ -93,6 +95,17 @@ def test_takedown_reads_a_list(store, tmp_path):
     assert "22 samples removed" in run("takedown", "--file", str(tmp_path / "list.txt"), "--store", store)
     with pytest.raises(ConfigError, match="--file"):
         run("takedown", "--store", store)
+    with pytest.raises(NotFoundError, match=r"no-such\.txt cannot be read"):
+        run("takedown", "--file", str(tmp_path / "no-such.txt"), "--store", store)
+
+
+def test_a_dry_run_counts_and_publishes_nothing(store):
+    asked = ("takedown", "--url", "HTTP://H0:80/4#x", "--host", "h1", "--host", "h2", "--store", store, "--dry-run")
+    found = json.loads(run(*asked, "--json"))
+    assert (found["removed"], found["total"]) == (21, 40)
+    assert found["rules"] == {"host h1": 20, "url http://h0/4": 1, "host h2": 0}
+    assert "21 of 40 samples would be removed" in run(*asked)
+    assert len(json.loads(run("snapshots", "list", "--store", store, "--json"))) == 2
 
 
 @pytest.mark.parametrize(
