@@ -104,6 +104,7 @@ def recaption(config: RecaptionConfig, on_event: OnEvent = lambda event: None) -
         if earlier is not None:
             return run.result(earlier)
         _check_origins(config, snapshot)
+        run.check_weights(snapshot)
         layers = run.layers(snapshot) if config.captioner else {}
         try:
             return run.result(run.publish(snapshot, layers))
@@ -171,6 +172,7 @@ class _Run:
             layer = self.captioner = LayerPlan(
                 origin=origin, version=version, weight=self.config.weight, text=text.encoder if text else None
             )
+            self.check_weights(snapshot)
             found = {part.id: _finished(self.store, part, layer) for part in snapshot.parts}
             open_parts = [p for p in snapshot.parts if not found[p.id] and not _layer_of(p, layer)]
             self._caption(pool, snapshot, open_parts, layer)
@@ -179,6 +181,20 @@ class _Run:
             found[part.id] = _finish(self.store, part, layer, text, states.get(part.id))
         self.quality = sum((Counter(each.quality) for each in found.values() if each), Counter())
         return {part: each.layer for part, each in found.items() if each}
+
+    def check_weights(self, snapshot: Snapshot) -> None:
+        """Raises ConfigError where no caption would be left to draw, before anything is asked of a captioner."""
+        if self.config.captioner and (self.config.weight or self.captioner is None):
+            return  # the new captions will be drawn, or it is not known yet which they replace
+        for part in snapshot.parts:
+            layers = self._weighed(part, None).captions
+            if part.captions and not any(layer.weight for layer in layers):
+                had = sorted({layer.origin for layer in part.captions})
+                raise ConfigError(
+                    f"weight and other_weights {self.config.other_weights} would leave samples of {snapshot.id} (part "
+                    f"{part.id}, captions from {', '.join(had)}) without any caption that training draws; give one of "
+                    "them a weight above 0, or add captions with a captioner first"
+                )
 
     def _caption(self, pool: Pool, snapshot: Snapshot, parts: Sequence[Part], layer: LayerPlan) -> None:
         """Has every chunk captioned that is not."""
@@ -284,6 +300,7 @@ def _finished(store: ObjectStore, part: Part, layer: LayerPlan) -> FinishedLayer
         body = manifest.load(store, _record_key(part, layer), KIND, VERSION)
     except NotFoundError:
         return None
+    _delete_chunks(store, part, layer)  # of who was killed before doing so
     return FinishedLayer.model_validate(body)
 
 
@@ -305,5 +322,9 @@ def _finish(
         states = (text.spec.model_copy(update={"shape": (part.rows, *text.spec.shape[1:])}), refs)
     finished = FinishedLayer(layer=add_layer(store, part, layer, captions, states), quality=caption_quality(texts))
     manifest.commit(store, _record_key(part, layer), KIND, VERSION, finished.model_dump(mode="json"))
-    store.delete([info.key for info in store.list(work_prefix(part, layer))])
+    _delete_chunks(store, part, layer)
     return finished
+
+
+def _delete_chunks(store: ObjectStore, part: Part, layer: LayerPlan) -> None:
+    store.delete([info.key for info in store.list(work_prefix(part, layer))])

@@ -293,7 +293,18 @@ def _marks(store: ObjectStore, unreferenced: Iterable[str], at_once: set[str]) -
     except NotFoundError:
         seen = {}
     since = {group: datetime.fromisoformat(seen[group]) if group in seen else now for group in unreferenced}
+    # A re-captioning may take longer than the grace hours: as long as it comes to new parts, its layer is at work.
+    newest: dict[str, datetime] = {}
+    for group, moment in since.items():
+        newest[_layer_name(group)] = max(moment, newest.get(_layer_name(group), moment))
+    since = {group: newest[_layer_name(group)] for group in since}
     return {group: _FOR_EVER if group in at_once else moment for group, moment in since.items()}
+
+
+def _layer_name(group: str) -> str:
+    """The name that an added caption layer has in every part; anything else is alone with its name."""
+    name = group.rpartition("/")[2]
+    return name if "/captions/" in group and not name.isdigit() else group
 
 
 def _write_marks(store: ObjectStore, marks: Mapping[str, datetime]) -> None:

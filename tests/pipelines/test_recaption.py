@@ -24,13 +24,14 @@ from starflow.cli import app
 from starflow.encoders import TextIdentity, load_vae, new_autoencoder, to_tensor
 from starflow.errors import ConfigError, StoreError
 from starflow.images import fit
-from starflow.objectstore import ObjectStore, open_store
+from starflow.objectstore import LocalStore, ObjectStore, open_store
 from starflow.parts import LayerPlan, part_from_arrays
 from starflow.reader import SnapshotReader
 from starflow.removal import take_down
 from starflow.snapshots import Part, Snapshot, load_snapshot, publish
 from starflow.takedowns import Takedowns
 from starflow.upkeep import collect_garbage, verify
+from tests.mortal_store import die_everywhere
 from tests.pipelines.fake_captioners import COLOURS, Endpoint, save_tiny_blip, serve_endpoint
 
 COUNT, GRID = 22, (8, 8)
@@ -260,6 +261,40 @@ def test_takedown_takes_the_new_captions_too(
     batch = SnapshotReader(store, removal.snapshot, tmp_path / "cache").gather(GRID, np.arange(COUNT - 2))
     assert batch.text is not None
     assert batch.text[:, 0, 0].tolist() == [len(caption) for caption in batch.captions]
+
+
+def test_nothing_to_draw_is_refused(store: ObjectStore, vae_folder: str, endpoint: Endpoint) -> None:
+    first = publish(store, parent=None, parts=[add_part(store, vae_folder)], image_size=16)
+    for captioner, settings in (
+        (None, {"other_weights": {"alt-text": 0.0}}),
+        (endpoint, {"other_weights": {"alt-text": 0.0}, "weight": 0.0}),
+    ):
+        with pytest.raises(ConfigError, match=r"captions from alt-text\) without any caption.*weight above 0"):
+            ask(store, captioner, **settings)
+    assert (len(endpoint.requests), load_snapshot(store).id) == (0, first.id)
+    ask(store, endpoint, weight=0.0)
+    with pytest.raises(ConfigError, match="captions from alt-text, eye"):
+        ask(store, None, other_weights={"alt-text": 0.0})
+    ask(store, None, other_weights={"alt-text": 0.0, "eye": 1.0})
+    assert [layer.weight for layer in load_snapshot(store).parts[0].captions] == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("text", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_killed_at_any_change_it_ends_the_same(
+    store: ObjectStore, vae_folder: str, endpoint: Endpoint, tmp_path: Path, text: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = [add_part(store, vae_folder, text=text), add_part(store, vae_folder, 100, text=text)]
+    publish(store, parent=None, parts=parts, image_size=16)
+    monkeypatch.setattr(module, "open_store", lambda url: opened[url])
+    monkeypatch.setattr(captioning, "open_store", lambda url: opened[url])
+    opened: dict[str, LocalStore] = {}
+
+    def work(each: LocalStore) -> None:
+        opened[each.url] = each
+        ask(each, endpoint)
+
+    assert isinstance(store, LocalStore)
+    assert die_everywhere(tmp_path, store, work) > 15
 
 
 @pytest.mark.slow

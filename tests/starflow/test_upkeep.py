@@ -291,6 +291,30 @@ def test_caption_layers_that_no_snapshot_refers_to_go(store, tmp_path):
     assert set(batch.captions) == {"layer 2"}
 
 
+def test_a_layer_waits_as_long_as_new_parts_get_it(store, monkeypatch):
+    a, b = make_part(store, 0)[0], make_part(store, 1000)[0]
+    publish(store, parent=None, parts=[a, b], image_size=16)
+    plan = LayerPlan(origin="eye", version="1")
+
+    class Later(datetime):
+        hours = 0
+
+        @classmethod
+        def now(cls, tz=None):
+            return datetime.now(UTC) + timedelta(hours=cls.hours)
+
+    monkeypatch.setattr(upkeep, "datetime", Later)
+    for Later.hours, part in ((0, a), (100, b)):
+        folder = layer_folder(part, plan)
+        add_layer(store, part, plan, ["seen"] * 40)
+        assert folder in collect_garbage(store).waiting
+    both = {layer_folder(a, plan), layer_folder(b, plan)}
+    for Later.hours in (170, 267):
+        assert set(collect_garbage(store).waiting) == both
+    Later.hours = 269
+    assert set(collect_garbage(store).groups) == both
+
+
 def test_writes_that_died_are_swept_after_a_day(store):
     publish(store, parent=None, parts=[make_part(store, 0)[0]], image_size=16)
     half = Path(store.url) / "parts" / f".half.{'0' * 32}~"
