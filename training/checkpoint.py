@@ -193,9 +193,12 @@ class Saver:
             if self._rank == 0:
                 log.warning("the save of step %d failed: %s", trained.step, self.error)
 
+    def _folder(self, step: int) -> str:
+        return f"runs/{self._config.run}/shards/{step:09d}-{self._token}"
+
     def _upload(self, step: int, metrics: dict[str, Any]) -> list[dict[str, Any]] | str:
         """References of this rank's objects, or the sentence that says why there are none."""
-        folder = f"runs/{self._config.run}/shards/{step:09d}-{self._token}"
+        folder = self._folder(step)
         objects = [
             {"key": f"{folder}/{kind}-{self._rank:05d}.safetensors", "offset": offset, "size": size}
             for kind, (offset, size) in self._snapshot.ranges.items()
@@ -230,6 +233,7 @@ class Saver:
             "run": self._config.run,
             "owner": self._owner,
             "key": checkpoint_key(self._config.run, trained.step),
+            "draft": f"{self._folder(trained.step)}/manifest.json",
             "body": checkpoint.model_dump(mode="json"),
             "metrics": metrics,
             "keep_newest": self._config.keep_newest,

@@ -78,7 +78,7 @@ def _start_anew(store: ObjectStore, config: TrainConfig) -> None:
     """
     lease = Lease(store, config.run, identity(), config.lease_seconds)
     try:
-        lease.acquire(wait=1.0)
+        lease.acquire(2 * config.lease_seconds, give_up=lease.is_held)
     except LeaseHeldError:
         return
     try:

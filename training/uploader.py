@@ -132,10 +132,11 @@ def _upload(store: ObjectStore, memory: memoryview, request: dict[str, Any]) -> 
 
 
 def _commit(store: ObjectStore, memory: memoryview, request: dict[str, Any]) -> str | None:
-    """Commits `key` with `body` while `owner` holds the lease; then refreshes the metrics' readable copy, prunes."""
-    Lease(store, request["run"], request["owner"]).check()
-    manifest.commit(store, request["key"], KIND, VERSION, request["body"])
+    """Commits `key` with `body` under the lease of `owner`; then refreshes the metrics' readable copy, prunes."""
+    lease = Lease(store, request["run"], request["owner"])
+    lease.commit(request["key"], request["draft"], manifest.encode(KIND, VERSION, request["body"]))
     try:
+        lease.check()  # the copy is the present writer's
         store.write(f"runs/{request['run']}/metrics.jsonl", _beginning(request["metrics"]))
         prune(store, request["run"], request["keep_newest"], request["keep_every"])
     except StarflowError as error:

@@ -1,10 +1,16 @@
+"""One writer, and what becomes of the one that was superseded."""
+
+from __future__ import annotations
+
+import threading
 import time
 
 import pytest
 
 from starflow.errors import StoreError
 from starflow.objectstore import open_store
-from training.lease import Lease, LeaseHeldError
+from training import lease as lease_module
+from training.lease import Announced, Lease, LeaseHeldError
 from training.processes import identity, is_gone
 
 
@@ -25,17 +31,159 @@ def test_one_writer_until_release(tmp_path):
     second.check()
 
 
-def test_expiry_and_dead_owners_free_the_lease(tmp_path):
+def test_silence_and_dead_owners_free_the_lease(tmp_path):
     store = open_store(str(tmp_path))
-    Lease(store, "r", "elsewhere:1:1", seconds=0.3).acquire()
+    Lease(store, "r", "elsewhere:1:1", seconds=0.6).acquire()
     waited = []
-    Lease(store, "r", "elsewhere:2:1").acquire(wait=5, on_wait=waited.append)
+    began = time.monotonic()
+    Lease(store, "r", "elsewhere:2:1", seconds=0.6).acquire(wait=30, on_wait=waited.append)
+    assert time.monotonic() - began >= 0.6
     assert len(waited) == 1
     host = identity().rsplit(":", 2)[0]
     Lease(store, "q", f"{host}:999999999:1.00", seconds=60).acquire()
-    began = time.monotonic()
     Lease(store, "q", identity()).acquire()
-    assert time.monotonic() - began < 1
+
+
+@pytest.mark.parametrize("off", [-600.0, 600.0])
+def test_clocks_do_not_matter(tmp_path, monkeypatch, off):
+    """The owner's clock is ten minutes off: only its silence frees the lease, and it does."""
+    store = open_store(str(tmp_path))
+    owner, other = (Lease(store, "r", f"elsewhere:{n}:1", seconds=1.2) for n in (1, 2))
+
+    def renew(call):
+        with monkeypatch.context() as patch:
+            patch.setattr(lease_module.time, "time", lambda now=time.time: now() + off)
+            call()
+
+    renew(owner.acquire)
+    for _ in range(8):
+        assert not other.is_free()
+        time.sleep(0.2)
+        renew(owner.renew)
+    with pytest.raises(LeaseHeldError):
+        other.acquire()
+    other.acquire(wait=30)
+
+
+def test_a_lease_that_expired_long_ago_is_free_at_once(tmp_path, monkeypatch):
+    store = open_store(str(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr(lease_module.time, "time", lambda now=time.time: now() - 3600)
+        Lease(store, "r", "elsewhere:1:1", seconds=600).acquire()
+    Lease(store, "r", "elsewhere:2:1").acquire()
+
+
+def test_a_late_owner_neither_releases_nor_renews(tmp_path):
+    """Another writer has taken over, and has left meanwhile: nothing is the late one's any more."""
+    store = open_store(str(tmp_path))
+    late, other = Lease(store, "r", "elsewhere:1:1", seconds=0.3), Lease(store, "r", "elsewhere:2:1")
+    late.acquire()
+    other.acquire(wait=30)
+    late.release()
+    other.check()
+    other.release()
+    with pytest.raises(LeaseHeldError, match="taken over by nobody"):
+        late.renew()
+    assert other.holder() is None
+
+
+def test_a_release_that_another_one_overtakes_does_nothing(tmp_path, monkeypatch):
+    store = open_store(str(tmp_path))
+    late, other = Lease(store, "r", "elsewhere:1:1", seconds=0.3), Lease(store, "r", "elsewhere:2:1")
+    late.acquire()
+    replace = store.replace
+
+    def overtaken(*arguments):
+        monkeypatch.undo()
+        other.acquire(wait=30)
+        replace(*arguments)
+
+    monkeypatch.setattr(store, "replace", overtaken)
+    late.release()
+    other.check()
+
+
+class Killed(BaseException):
+    """The writer goes no further, for now or for good."""
+
+
+def paused(lease, monkeypatch, request, *, done=False):
+    """`lease` commits "m"; its writer pauses just before that request to the store, or just after it is `done`."""
+    call = getattr(lease.store, request)
+
+    def pause(key, *rest):
+        if request == "create" and key != "m":
+            return call(key, *rest)
+        if done:
+            call(key, *rest)
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lease.store, request, pause)
+        with pytest.raises(Killed):
+            lease.commit("m", "drafts/1", b"by the first")
+
+
+def test_a_writer_that_lost_the_lease_before_it_announced_commits_nothing(tmp_path, monkeypatch):
+    store = open_store(str(tmp_path))
+    first, second = Lease(store, "r", "elsewhere:1:1", seconds=0.3), Lease(store, "r", "elsewhere:2:1")
+    first.acquire()
+    paused(first, monkeypatch, "write", done=True)
+    second.acquire(wait=30)
+    assert store.head("m") is None
+    with pytest.raises(LeaseHeldError, match="elsewhere:2:1"):  # it wakes, and goes on where it was
+        first._announce(Announced(key="m", draft="drafts/1"))
+    second.commit("m", "drafts/2", b"by the second")
+    assert store.read("m") == b"by the second"
+
+
+@pytest.mark.parametrize("request_", ["replace", "create"])
+def test_a_checkpoint_that_was_announced_is_its_successors_too(tmp_path, monkeypatch, request_):
+    """The late writer's manifest is there before its successor looks where to go on, however late it creates it."""
+    store = open_store(str(tmp_path))
+    first, second = Lease(store, "r", "elsewhere:1:1", seconds=0.3), Lease(store, "r", "elsewhere:2:1")
+    first.acquire()
+    paused(first, monkeypatch, request_, done=request_ == "replace")
+    assert store.head("m") is None
+    second.acquire(wait=30)
+    assert store.read("m") == b"by the first"
+    store.create("m", b"by the first")  # the late writer wakes: no harm done
+    assert not list(store.list("drafts/"))
+    assert second.settle() is None
+    second.commit("n", "drafts/2", b"by the second")
+    assert store.read("n") == b"by the second"
+
+
+def test_a_commit_whose_answer_was_lost_is_done_once(tmp_path, monkeypatch):
+    store = open_store(str(tmp_path))
+    lease = Lease(store, "r", "elsewhere:1:1")
+    lease.acquire()
+    paused(lease, monkeypatch, "create", done=True)
+    lease.renew()  # what is announced stays so
+    lease.commit("m", "drafts/1", b"by the first, at another time")
+    assert store.read("m") == b"by the first"
+    lease.release()
+    with pytest.raises(LeaseHeldError):
+        lease.commit("n", "drafts/2", b"x")
+
+
+def test_renewals_and_commits_do_not_disturb_each_other(tmp_path):
+    store = open_store(str(tmp_path))
+    lease, uploader = Lease(store, "r", "elsewhere:1:1"), Lease(store, "r", "elsewhere:1:1")
+    lease.acquire()
+    done = threading.Event()
+
+    def renew():
+        while not done.is_set():
+            lease.renew()
+
+    thread = threading.Thread(target=renew)
+    thread.start()
+    for number in range(20):
+        uploader.commit(f"m{number}", f"drafts/{number}", b"%d" % number)
+    done.set()
+    thread.join()
+    assert len(list(store.list("m"))) == 20
 
 
 def test_a_store_that_is_away_does_not_free_the_lease(tmp_path, monkeypatch):

@@ -31,7 +31,7 @@ def test_a_run_without_steps_takes_a_new_configuration(make_config, store):
     assert resolve(store, make_config(seed=1)).snapshot == snapshot
     config = describe_run(store.url, "test")["config"]
     assert (config["text_encoder"], config["seed"]) == ("test-text", 1)
-    assert store.head("runs/test/lease.json") is None
+    assert Lease(store, "test", "").holder() is None
 
 
 def test_a_run_that_is_under_way_keeps_its_configuration(make_config, store):
@@ -51,7 +51,7 @@ def test_a_start_that_was_replaced_before_it_had_the_lease_stops(make_config, st
     resolve(store, make_config(seed=1))
     with pytest.raises(ConfigError, match="started with seed=1"):
         early.run()
-    assert store.head("runs/test/lease.json") is None
+    assert Lease(store, "test", "").holder() is None
 
 
 def test_an_unusable_cache_ends_the_run_with_the_remedy(make_config, store, tmp_path):
