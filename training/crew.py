@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +29,32 @@ class End:
     outcome: Outcome
     message: str
     retry: bool = True
+
+
+class Lookout:
+    """Calls `look` in a thread, `every` seconds, so that a store that does not answer holds nobody up."""
+
+    def __init__(self, look: Callable[[], End | None], every: float) -> None:
+        self._look, self._every, self._looked = look, every, time.monotonic()
+        self._thread = ThreadPoolExecutor(1, "lookout")
+        self._pending: Future[End | None] | None = None
+
+    def __enter__(self) -> Lookout:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """No look outlives the attempt."""
+        self._thread.shutdown()
+
+    def end(self) -> End | None:
+        """What a look has found that is over; never waits for one."""
+        if self._pending is None:
+            if time.monotonic() - self._looked > self._every:
+                self._pending = self._thread.submit(self._look)
+        elif self._pending.done():
+            done, self._pending, self._looked = self._pending, None, time.monotonic()
+            return done.result()
+        return None
 
 
 @dataclass(frozen=True)
@@ -54,11 +81,12 @@ class Crew:
             *("--nproc-per-node", str(self.ranks), "--max-restarts", "0", "--monitor-interval", "0.2"),
             *("-m", "training.worker", str(attempt)),
         ]
-        torchrun = subprocess.Popen(command, env=self._environment(), start_new_session=True)
-        try:
-            return self._watch(torchrun)
-        finally:
-            end_processes(torchrun, self.folder)
+        with Lookout(self.look, self.look_every) as lookout:
+            torchrun = subprocess.Popen(command, env=self._environment(), start_new_session=True)
+            try:
+                return self._watch(torchrun, lookout)
+            finally:
+                end_processes(torchrun, self.folder)
 
     def _environment(self) -> dict[str, str]:
         threads = max(1, len(os.sched_getaffinity(0)) // self.ranks)
@@ -73,9 +101,8 @@ class Crew:
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         }
 
-    def _watch(self, torchrun: subprocess.Popen[bytes]) -> End:
-        launched = looked = time.monotonic()
-        asked = 0.0
+    def _watch(self, torchrun: subprocess.Popen[bytes], lookout: Lookout) -> End:
+        launched, asked = time.monotonic(), 0.0
         while torchrun.poll() is None:
             beats, reports = read_heartbeats(self.folder), read_reports(self.folder)
             now = time.monotonic()
@@ -83,10 +110,8 @@ class Crew:
                 break
             if hung := self._hung(beats, reports, now - launched):
                 return End("failed", hung)
-            if now - looked > self.look_every:
-                if end := self.look():
-                    return end
-                looked = time.monotonic()
+            if end := lookout.end():
+                return end
             if self.stop() and now - asked > 2:
                 if not beats:
                     return End("failed", "stopped while starting")

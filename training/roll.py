@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import time
 from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
 import starflow
 from starflow.config import Config
-from starflow.errors import StarflowError, StoreError
+from starflow.errors import NotFoundError, StoreError
 from starflow.objectstore import ObjectStore
 from training.cluster import Place, stop_key
 from training.processes import is_gone
+from training.silence import Silence
 
 
 class Ended(Config):
@@ -47,7 +47,8 @@ class Member(Config):
 class Roll:
     """``runs/<run>/nodes/<launch>/<node>.json``; a context manager that keeps this machine's own fresh.
 
-    Whether another machine is alive is told by its object changing, by this machine's clock: clocks may differ.
+    Whether another machine is alive is told by its object changing, see training/silence.py. Safe to use from several
+    threads.
     """
 
     def __init__(
@@ -59,8 +60,9 @@ class Roll:
         self.me = Member(
             node=place.node, owner=owner, address=place.address, versions=versions(), problem=problem(place)
         )
-        self._seen: dict[str, tuple[str, float, Member]] = {}  # key: tag, when it changed, content
-        self._lock, self._closing = threading.Lock(), threading.Event()
+        self._seen: dict[str, tuple[str, Member]] = {}  # key: tag, content
+        self._silence = Silence(seconds)
+        self._writing, self._looking, self._closing = threading.Lock(), threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._keep_fresh, name="roll", daemon=True)
 
     def __enter__(self) -> Roll:
@@ -88,31 +90,31 @@ class Roll:
 
     def look(self) -> dict[int, Member]:
         """The machines that are there, by number."""
-        found = {}
-        for info in list(self._store.list(self._prefix)):
-            tag, changed, member = self._seen.get(info.key, ("", 0.0, None))
-            if tag != info.etag or member is None:
-                with contextlib.suppress(StarflowError, ValueError):  # it left between list and read
-                    member, changed = Member.model_validate_json(self._store.read(info.key)), time.monotonic()
-                    self._seen[info.key] = (info.etag, changed, member)
-            if member and time.monotonic() - changed < self._seconds and not is_gone(member.owner):
-                found[member.node] = member
-        return found
+        with self._looking:
+            tags = {info.key: info.etag for info in self._store.list(self._prefix)}
+            silent = self._silence.look(tags)
+            for key, tag in tags.items():
+                if self._seen.get(key, ("",))[0] != tag:
+                    with contextlib.suppress(NotFoundError, ValueError):  # it left between list and read
+                        self._seen[key] = (tag, Member.model_validate_json(self._store.read(key)))
+            known = [self._seen[key][1] for key in tags if key in self._seen and silent[key] < self._seconds]
+        return {member.node: member for member in known if not is_gone(member.owner)}
 
     def _key(self, node: int) -> str:
         return f"{self._prefix}{node:05d}.json"
 
     def _beat(self, **news: Ended) -> None:
-        with self._lock:
+        with self._writing:
             self.me = self.me.model_copy(update={**news, "beats": self.me.beats + 1})
             self._store.write(self._key(self.me.node), self.me.model_dump_json().encode())
 
     def _keep_fresh(self) -> None:
-        while not self._closing.wait(self._seconds / 4):
+        while not self._closing.wait(self._seconds / 6):
             with contextlib.suppress(StoreError):  # tried again; the others notice if it lasts
                 self._beat()
                 if self.stop_asked:
                     self._on_stop()
+                self.look()  # so that silence counts without a break
 
 
 def versions() -> str:

@@ -12,10 +12,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import TypeVar
 
 from starflow.checkpoints import list_steps
 from starflow.console import console
-from starflow.errors import StarflowError, StoreError
+from starflow.errors import StarflowError, StoreError, UnavailableError
 from starflow.objectstore import open_store
 from training.cluster import Announcement, Place, announce, free_port, read_announcement, with_ranks
 from training.config import TrainConfig
@@ -26,9 +27,14 @@ from training.lease import Lease, LeaseHeldError
 from training.processes import identity
 from training.record import adopt, resolve
 from training.roll import Ended, Member, Roll
+from training.spot import watch_notices
 
 #: Longest backoff; how often followers look for news; how long machines other than 0 let it lead, in seconds.
 LONGEST_BACKOFF, FOLLOW_POLL, HEAD_START = 60.0, 0.5, 10.0
+#: How long a store may be away between attempts, in seconds.
+STORE_AWAY = 120.0
+
+T = TypeVar("T")
 
 
 class Supervisor:
@@ -40,34 +46,45 @@ class Supervisor:
         self.store = open_store(config.store)
         self.config = resolve(self.store, config)
         self.owner = identity()
-        self.lease = Lease(self.store, config.run, self.owner, config.lease_seconds)
+        # A sign of life that waits for the store, and then for its turn, comes too late.
+        self.quick = open_store(config.store, patience=config.lease_seconds / 3)
+        self.lease = Lease(self.quick, config.run, self.owner, config.lease_seconds)
         self._stop, self._regroup = threading.Event(), threading.Event()
-        self.roll = Roll(self.store, config.run, self.place, self.owner, config.lease_seconds, self._stop.set)
+        self.roll = Roll(self.quick, config.run, self.place, self.owner, config.lease_seconds, self._stop.set)
         #: Whether the launch was ended for good, so that no scheduler should resume it.
         self.told_to_end = False
         self._lost: str | None = None
+        self._notice = ""
 
     def run(self) -> Outcome:
         """Trains to the end, a request to stop (SIGTERM, SIGINT) or a failure that relaunching does not cure.
 
         Raises LeaseHeldError when another launch is writing the run.
         """
-        with self._signals(), self.roll if self.place.launch else contextlib.nullcontext():
-            outcome = self._lead_alone() if self.place.nodes == 1 else self._take_part()
-            self.told_to_end = outcome == "preempted" and self.roll.stop_asked
+        roll = self.roll if self.place.launch else contextlib.nullcontext()
+        with self._signals(), watch_notices(self._notified), roll:
+            try:
+                outcome = self._lead_alone() if self.place.nodes == 1 else self._take_part()
+                self.told_to_end = outcome == "preempted" and self.roll.stop_asked
+            except UnavailableError:
+                if not self._stop.is_set():
+                    raise
+                return "preempted"  # a stop does not wait for the store
             return outcome
 
     def _lead_alone(self) -> Outcome:
         self.events = Events(self.store, self.config.run)
         wait = 2 * self.config.lease_seconds
-        self.lease.acquire(wait, lambda message: self._tell("waiting", message), self._stop.is_set)
+        self._patiently(
+            lambda: self.lease.acquire(wait, lambda message: self._tell("waiting", message), self._stop.is_set)
+        )
         return self._lead() or "failed"
 
     def _take_part(self) -> Outcome:
         """Leads when the lease is free; else takes part in what the leader announces, until it says how it ended."""
         began, done, tried, foreign = time.monotonic(), 0, 0.0, 0.0
         while not self._stop.is_set():
-            news = read_announcement(self.store, self.config.run, self.place.launch)
+            news = self._patiently(self._news)
             if news and news.outcome:
                 return news.outcome
             now = time.monotonic()
@@ -76,13 +93,13 @@ class Supervisor:
                 self._follow(news)
             elif now - tried > 2 * FOLLOW_POLL and (self.place.node == 0 or now - began > HEAD_START):
                 tried = now
-                if self.roll.stop_asked:
+                if self._patiently(lambda: self.roll.stop_asked):
                     return "preempted"
-                refused = self._try_to_lead()
+                refused = self._patiently(self._try_to_lead)
                 if refused is None:
                     if outcome := self._lead():
                         return outcome
-                elif self.lease.is_held() and (self.lease.holder() or ("",))[0] not in self._owners():
+                elif self._patiently(self._is_led_by_others):
                     foreign = foreign or now
                     if now - foreign > 2 * self.config.lease_seconds:
                         raise refused
@@ -98,8 +115,25 @@ class Supervisor:
             return error
         return None
 
-    def _owners(self) -> set[str]:
-        return {member.owner for member in self.roll.look().values()}
+    def _is_led_by_others(self) -> bool:
+        """Whether somebody has the lease who is no machine of this launch."""
+        holder = self.lease.holder()
+        if holder is None or self.lease.is_free():
+            return False
+        return holder[0] not in {member.owner for member in self.roll.look().values()}
+
+    def _news(self) -> Announcement | None:
+        return read_announcement(self.quick, self.config.run, self.place.launch)
+
+    def _patiently(self, ask: Callable[[], T]) -> T:
+        """`ask` of the store that answers at once or not at all, until it does; not for long, nor after a stop."""
+        deadline = time.monotonic() + STORE_AWAY
+        while True:
+            try:
+                return ask()
+            except UnavailableError:
+                if time.monotonic() > deadline or self._stop.wait(FOLLOW_POLL):
+                    raise
 
     def _lead(self) -> Outcome | None:
         """With the lease ours. None when another machine of this launch took it over, as after a cut-off."""
@@ -132,10 +166,11 @@ class Supervisor:
             return "completed"
         while True:
             end = self._attempt(committed)
+            self._patiently(self.lease.settle)  # its uploader may have been killed in the middle of a commit
             advanced, committed = committed, self._committed()
             stopping = self._stop.is_set()
             if end.outcome == "completed" or (end.outcome == "preempted" and stopping):
-                self._tell(end.outcome, end.message, committed)
+                self._tell(end.outcome, end.message + self._notice, committed)
                 return end.outcome
             if end.outcome == "preempted":
                 failures = 0
@@ -179,7 +214,7 @@ class Supervisor:
         """Owners of the machines that begin, this one first: all, or after `patience` as many as the batch allows."""
         began, told = time.monotonic(), False
         while not self._stop.is_set():
-            here = self.roll.look()
+            here = self._patiently(self.roll.look)
             fit = {number: member for number, member in here.items() if not self._problem(member)}
             waited = time.monotonic() - began
             size = self._team_size(len(fit)) if self.place.node in fit else 0
@@ -234,7 +269,8 @@ class Supervisor:
 
     def _heard(self, number: int, end: End) -> End:
         """With what the other machines say of the same attempt: the cause may lie there."""
-        said = [member for member in self.roll.look().values() if member.ended and member.ended.attempt == number]
+        here = self._patiently(self.roll.look).values()
+        said = [member for member in here if member.ended and member.ended.attempt == number]
         words = [f"{member.name}: {member.ended.message}" for member in said if member.ended]
         final = any(member.ended and not member.ended.retry for member in said)
         return End(end.outcome, "; ".join([end.message, *words]), end.retry and not final)
@@ -248,10 +284,10 @@ class Supervisor:
 
     def _follow_on(self, news: Announcement) -> End | None:
         """A follower's look at the leader during an attempt."""
-        newest = read_announcement(self.store, self.config.run, self.place.launch)
+        newest = self._news()
         if newest and (newest.attempt > news.attempt or newest.outcome == "failed"):
             return End("failed", "the other machines have gone on without this one")
-        if not self.lease.is_held():
+        if self.lease.is_free():
             return End("failed", "the machine that led is gone")
         return None
 
@@ -287,11 +323,11 @@ class Supervisor:
 
     def _announce(self, news: Announcement) -> None:
         if self.place.nodes > 1:
-            self.lease.check()  # a machine that was cut off must not speak for the others
+            self._patiently(self.lease.check)  # a machine that was cut off must not speak for the others
             announce(self.store, self.config.run, news)
 
     def _renew(self, done: threading.Event) -> None:
-        while not done.wait(self.config.lease_seconds / 3):
+        while not done.wait(self.config.lease_seconds / 4):
             try:
                 self.lease.renew()
             except LeaseHeldError as error:
@@ -301,7 +337,7 @@ class Supervisor:
                 continue  # the store is away: whoever commits asks for the lease again anyway
 
     def _committed(self) -> int | None:
-        steps = list_steps(self.store, self.config.run)
+        steps = self._patiently(lambda: list_steps(self.quick, self.config.run))
         return steps[-1] if steps else None
 
     @contextmanager
@@ -317,6 +353,12 @@ class Supervisor:
     def _request_stop(self, number: int, frame: object) -> None:
         if self._stop.is_set() and number == signal.SIGINT:
             raise KeyboardInterrupt  # the second Ctrl-C does not wait for the save
+        self._stop.set()
+
+    def _notified(self, notice: str) -> None:
+        """The cloud takes this machine: the same as SIGTERM."""
+        console.print(f"{notice}: saving and leaving", highlight=False, soft_wrap=True, markup=False)
+        self._notice = f" ({notice})"
         self._stop.set()
 
     def _tell(self, kind: str, message: str, committed: int | None = None) -> None:
