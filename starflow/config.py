@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,6 +12,20 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from starflow.errors import ConfigError
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML whose booleans are true and false alone (YAML 1.2): ``no`` is a language, ``off`` a word.
+
+    A field of type bool takes these words all the same.
+    """
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("true|True|TRUE|false|False|FALSE"), list("tTfF"))
 
 
 class Config(BaseModel):
@@ -22,7 +37,7 @@ class Config(BaseModel):
 C = TypeVar("C", bound=Config)
 
 
-def load_config(model: type[C], file: Path | None = None, overrides: Sequence[str] = (), **values: Any) -> C:
+def load_config(model: type[C], file: Path | None = None, overrides: Sequence[str] = (), /, **values: Any) -> C:
     """Builds `model` from `file`, then `values` that are not None, then `overrides`; later ones win.
 
     `overrides` are ``key=value`` strings; a dot in the key reaches into a nested model and the value is
@@ -39,7 +54,7 @@ def load_config(model: type[C], file: Path | None = None, overrides: Sequence[st
         if not equals or not key:
             raise ConfigError(f"override {override!r} is not of the form key=value, for example steps=100")
         try:
-            _assign(data, key.split("."), yaml.safe_load(text))
+            _assign(data, key.split("."), _parse(text))
         except yaml.YAMLError as error:
             raise ConfigError(f"override {override!r}: the value is not valid YAML; quote it") from error
     try:
@@ -52,7 +67,7 @@ def load_config(model: type[C], file: Path | None = None, overrides: Sequence[st
 def read_yaml(file: Path) -> dict[str, Any]:
     """The settings in a YAML file. Raises ConfigError when it is missing or holds something else."""
     try:
-        data = yaml.safe_load(file.read_text(encoding="utf-8"))
+        data = _parse(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ConfigError(f"configuration file {file} does not exist; check the path") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -62,6 +77,10 @@ def read_yaml(file: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ConfigError(f"configuration file {file} holds a {type(data).__name__}; write `key: value` lines")
     return data
+
+
+def _parse(text: str) -> Any:
+    return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
 
 
 def _assign(data: dict[str, Any], path: list[str], value: Any) -> None:
@@ -78,7 +97,9 @@ def _explain(model: type[BaseModel], error: ValidationError) -> list[str]:
         name = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
             close = difflib.get_close_matches(str(item["loc"][-1]), list(model.model_fields), n=1)
-            hint = f", did you mean {close[0]}?" if close else f"; known keys: {', '.join(model.model_fields)}"
+            hint = (
+                f", did you mean {close[0]}?" if close else f"; known keys: {', '.join(model.model_fields) or 'none'}"
+            )
             lines.append(f"unknown key {name}{hint}")
         elif item["type"] == "missing":
             lines.append(f"{name} is missing; set it in the file or as {name}=VALUE")

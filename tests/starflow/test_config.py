@@ -42,7 +42,7 @@ def test_file_then_values_then_overrides(tmp_path: Path) -> None:
 )
 def test_errors_name_key_value_and_remedy(overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message.replace("?", r"\?")):
-        load_config(Run, overrides=overrides)
+        load_config(Run, None, overrides)
 
 
 @pytest.mark.parametrize(("text", "message"), [(None, "does not exist"), ("- 1", "holds a list"), ("a: [", "YAML")])
@@ -52,6 +52,21 @@ def test_unreadable_files(tmp_path: Path, text: str | None, message: str) -> Non
         file.write_text(text)
     with pytest.raises(ConfigError, match=message):
         load_config(Run, file)
+
+
+class Words(Config):
+    words: tuple[str, ...] = ()
+    flag: bool = False
+
+
+@pytest.mark.parametrize("word", ["no", "NO", "yes", "on", "off", "y", "n"])
+def test_words_that_older_yaml_takes_for_booleans(tmp_path: Path, word: str) -> None:
+    """Norwegian is a language."""
+    file = tmp_path / "run.yaml"
+    file.write_text(f"words: [{word}, en]\n")
+    assert load_config(Words, file).words == (word, "en")
+    assert load_config(Words, None, [f"words=[{word}]", f"flag={word}"]).flag is (word in ("yes", "on", "y"))
+    assert load_config(Words, None, ["flag=true"]).flag
 
 
 class Range(Config):
@@ -67,5 +82,5 @@ class Range(Config):
 
 def test_an_error_of_the_whole_model_is_its_message_only() -> None:
     with pytest.raises(ConfigError) as caught:
-        load_config(Range, overrides=["low=2"])
+        load_config(Range, None, ["low=2"])
     assert str(caught.value) == "configuration: low is above high; swap them"
