@@ -22,6 +22,7 @@ from infra.launch.common import (
     train_command,
     with_all_ranks,
 )
+from starflow.console import console
 from starflow.errors import NotFoundError, StarflowError
 from starflow.objectstore import open_store
 from training.cluster import stop_key
@@ -31,7 +32,7 @@ from training.lease import Lease, LeaseHeldError
 from training.processes import identity
 
 #: Seconds between looks at machines that were asked to stop; until killed ones are gone; to hand a launch over.
-LOOK_EVERY, KILL_SECONDS, SUBMIT_SECONDS = 0.25, 10.0, 120.0
+LOOK_EVERY, KILL_SECONDS, SUBMIT_SECONDS = 0.25, 10.0, 90.0
 
 
 class AlreadyLaunchedError(StarflowError):
@@ -95,14 +96,14 @@ def submit(config: TrainConfig, launch: LaunchConfig) -> Launch:
 
 @contextmanager
 def _alone(config: TrainConfig) -> Iterator[None]:
-    """One submits a run at a time: of two, the second finds the first at work."""
+    """One submits a run at a time: of two, the second waits, and finds the first at work."""
     lease = Lease(open_store(config.store), config.run, identity(), SUBMIT_SECONDS, name="submitting")
     try:
-        lease.acquire()
+        lease.acquire(2 * SUBMIT_SECONDS, lambda _: console.print(f"run {config.run!r} is being launched; waiting"))
     except LeaseHeldError as error:
         owner, _ = lease.holder() or ("somebody", 0.0)
         raise AlreadyLaunchedError(
-            f"run {config.run!r} is being launched by {owner} at this moment; "
+            f"run {config.run!r} is being launched by {owner} all the while; "
             f"see starflow launch status {config.run} --store {config.store}"
         ) from error
     try:

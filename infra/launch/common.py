@@ -126,7 +126,8 @@ def settings(model: type[S], launch: LaunchConfig) -> S:
     try:
         return load_config(model, None, (), **launch.cluster)
     except ConfigError as error:
-        raise ConfigError(f"cluster settings of {launch.on}: {error}") from error
+        where = f"cluster settings of {launch.on} (keys of --cluster FILE, or cluster.KEY=VALUE)"
+        raise ConfigError(f"{where}: {str(error).removeprefix('configuration: ')}") from error
 
 
 def with_all_ranks(config: TrainConfig, launch: LaunchConfig) -> TrainConfig:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,6 +28,7 @@ from infra.launch import (
     stop,
     submit,
 )
+from infra.launch.api import _hand_over
 from infra.launch.common import Node, NodeState
 from infra.launch.hosts import LocalLauncher, SshLauncher
 from infra.launch_command import launch as launch_app
@@ -62,7 +64,11 @@ def starflow(*arguments: str) -> Any:
         ({"nodes": 2, "ranks_per_node": 3}, "global_batch_size 8 does not divide over ranks 6"),
         ({"gpus_per_node": 2, "ranks_per_node": 4}, "a GPU has one rank"),
         ({"min_nodes": 2}, "min_nodes 2 is more than nodes 1"),
-        ({"cluster": {"partition": "a"}}, "cluster settings of local: .*partition"),
+        (
+            {"cluster": {"partition": "a"}},
+            r"cluster settings of local \(keys of --cluster FILE, or cluster.KEY=VALUE\): .*partition",
+        ),
+        ({"cluster": {"model": "a", "file": "b"}}, "unknown key model; known keys: none; unknown key file"),
     ],
 )
 def test_what_does_not_fit_is_refused(make_config: Make, launch: dict[str, Any], message: str) -> None:
@@ -176,13 +182,19 @@ def test_of_two_launches_at_once_one_is_refused(make_config: Make, store: Object
     """The other is still handing over; what is found afterwards is the one that counts."""
     other = Lease(store, "test", "elsewhere/boot/1:7:1.00", seconds=60, name="submitting")
     other.acquire()
-    with pytest.raises(AlreadyLaunchedError, match=r"is being launched by elsewhere/boot/1:7:1\.00 at this moment"):
-        submit(make_config(), TWO_HOSTS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("infra.launch.api.SUBMIT_SECONDS", 0.1)
+        with pytest.raises(AlreadyLaunchedError, match=r"is being launched by elsewhere/boot/1:7:1\.00 all the while"):
+            submit(make_config(), TWO_HOSTS)
     assert not list(store.list("runs/test/launches/"))
-    other.release()
-    launch = submit(make_config(), TWO_HOSTS)
-    with pytest.raises(AlreadyLaunchedError, match="is still at work"):
-        submit(make_config(), TWO_HOSTS)
+
+    hosts |= {0: "pending", 1: "pending"}
+    with ThreadPoolExecutor(1) as pool:
+        second = pool.submit(submit, make_config(), TWO_HOSTS)
+        launch = _hand_over(SshLauncher(TWO_HOSTS), *prepare(make_config(), TWO_HOSTS))
+        other.release()
+        with pytest.raises(AlreadyLaunchedError, match="is still at work"):
+            second.result(30)
     assert newest(store.url, "test") == launch
 
 

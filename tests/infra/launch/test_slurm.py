@@ -148,7 +148,7 @@ def test_refusals_are_one_sentence(make_launch: Make, fake: Any, monkeypatch: py
     fake("sbatch", "sys.exit('sbatch: error: invalid partition specified: a100')")
     with pytest.raises(StarflowError, match=r"sbatch --parsable failed: .*invalid partition"):
         slurm(make_launch(on="slurm", cluster=SETTINGS))
-    with pytest.raises(ConfigError, match=r"cluster settings of slurm: .*did you mean partition"):
+    with pytest.raises(ConfigError, match=r"cluster settings of slurm \(.*did you mean partition"):
         slurm(make_launch(on="slurm", cluster={"partitions": "a"}))
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(StarflowError, match="sbatch is not installed here"):
