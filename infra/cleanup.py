@@ -6,13 +6,12 @@ from typing import Any
 
 from pydantic import Field
 
-from pipelines.scrub import scrub_sources
+from pipelines.garbage import collect
 from starflow import manifest
 from starflow.checkpoints import list_runs
 from starflow.compaction import compact
 from starflow.config import Config
 from starflow.objectstore import ObjectStore
-from starflow.upkeep import collect_garbage
 from training.record import RUN_KIND, RUN_VERSION, run_key
 from training.retention import prune
 
@@ -60,13 +59,14 @@ def clean_snapshots(store: ObjectStore, config: CleanupConfig) -> dict[str, Any]
     if config.compact and not config.dry_run:
         done = compact(store)
         parts = {"parts_before": done.before, "parts_after": done.after}
-    garbage = collect_garbage(store, config.keep_snapshots, config.grace_hours, config.dry_run)
+    garbage, scrubbed = collect(store, config.keep_snapshots, config.grace_hours, config.dry_run)
     return parts | {
         "snapshots": len(garbage.snapshots),
         "objects": garbage.objects,
         "bytes": garbage.bytes,
         "waiting": len(garbage.waiting),
-        "scrubbed": 0 if config.dry_run else scrub_sources(store),
+        "unfinished": garbage.unfinished,
+        "scrubbed": scrubbed,
     }
 
 

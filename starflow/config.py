@@ -80,7 +80,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
 
 
 def _parse(text: str) -> Any:
-    return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+    return yaml.load(text, _Loader)
 
 
 def _assign(data: dict[str, Any], path: list[str], value: Any) -> None:
