@@ -147,6 +147,9 @@ def gc(
         print_json(garbage.model_dump(mode="json") | {"scrubbed": scrubbed})
         return
     verb = "would delete" if dry_run else "deleted"
+    for snapshot in garbage.snapshots:
+        why = "holds samples that were taken down" if snapshot in garbage.withdrawn else f"not of the newest {keep}"
+        print(f"{verb} snapshot {snapshot}: {why}")
     print(f"{verb} {len(garbage.snapshots)} snapshots and {garbage.objects:,} objects ({garbage.bytes / 1e6:,.1f} MB)")
     if scrubbed:
         print(f"erased {scrubbed:,} downloaded pictures that were taken down")

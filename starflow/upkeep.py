@@ -138,6 +138,7 @@ class Garbage(Config):
     """What garbage collection deleted, or would delete."""
 
     snapshots: tuple[str, ...]
+    withdrawn: tuple[str, ...] = Field(description="Those of the snapshots that hold parts a takedown withdrew.")
     groups: tuple[str, ...] = Field(description="Parts (a folder), caption layers of parts, lists: key prefixes.")
     objects: int
     bytes: int
@@ -191,6 +192,7 @@ def collect_garbage(
         _write_marks(store, waiting)
     return Garbage(
         snapshots=tuple(head.id for head in going),
+        withdrawn=tuple(head.id for head in going if not withdrawn.isdisjoint(head.groups)),
         groups=tuple(sorted(ripe)),
         objects=sum(unreferenced[group][0] for group in ripe),
         bytes=sum(unreferenced[group][1] for group in ripe),

@@ -79,6 +79,7 @@ def test_diff_verify_takedown_and_gc(store):
     assert answer["rules"] == {"host h1": 20, "url http://h0/4": 1}
     assert answer["withdrawn"] == 2
     assert json.loads(run("snapshots", "gc", "--store", store, "--dry-run", "--json"))["objects"] > 0
+    assert "holds samples that were taken down" in run("snapshots", "gc", "--store", store, "--dry-run")
     garbage = json.loads(run("snapshots", "gc", "--store", store, "--json"))
     assert len(garbage["snapshots"]) == 2
     assert "all 2 parts are there" in run("snapshots", "verify", "--store", store)
