@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from starflow.objectstore import open_store
 from tests.training.small_snapshot import TEXT, TEXT_SHAPE, publish_samples
+from training import silence
 from training.config import TrainConfig
 
 
@@ -60,6 +61,21 @@ def make_config(tmp_path, store):
         return TrainConfig.model_validate({**defaults, **values})
 
     return make
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The clock by which silence is told, which stands still until the test moves it: clock.now, in seconds."""
+
+    class Clock:
+        now = 1000.0
+
+        def monotonic(self):
+            return self.now
+
+    clock = Clock()
+    monkeypatch.setattr(silence, "time", clock)
+    return clock
 
 
 @pytest.fixture

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 
 import pytest
 
 from starflow.checkpoints import list_steps
 from starflow.errors import ConfigError
+from starflow.objectstore import open_store
+from tests.faulty_s3 import FaultyS3
 from tests.training.run_helpers import command, lines, ranks_of, tensors, train, until
+from tests.training.small_snapshot import publish_samples
 from training.cluster import (
     Announcement,
     Place,
@@ -167,3 +171,27 @@ def test_stop_through_the_store_ends_all_machines_for_good(make_config, store, t
             process.kill()
     assert read_events(store, "stopped")[-1]["kind"] == "preempted"
     assert not list(store.list("runs/stopped/nodes/"))
+
+
+@pytest.mark.slow
+def test_a_store_that_is_away_longer_than_the_lease_ends_no_attempt(make_config, s3_url, monkeypatch, tmp_path):
+    with FaultyS3(os.environ["AWS_ENDPOINT_URL"]) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        store = open_store(s3_url)
+        publish_samples(store)
+        values = {"steps": 100_000, "checkpoint_every": 20, "validation_every": 100_000, "save_timeout": 3.0}
+        config = make_config(store=s3_url, run="away", max_failed_saves=99, **values)
+        processes = [machine(config, tmp_path, node)[1] for node in (0, 1)]
+        try:
+            before = until(lambda: list_steps(store, "away"))[-1]
+            proxy.mode = "down"
+            time.sleep(3 * config.lease_seconds)  # how long the outage lasts
+            proxy.mode = ""
+            until(lambda: list_steps(store, "away")[-1] > before + 20)
+            time.sleep(2 * config.lease_seconds)  # a machine that was thought gone would have been left out by now
+            store.write(stop_key("away", "one"), b"")
+            assert [process.wait(timeout=100) for process in processes] == [0, 0]
+        finally:
+            for process in processes:
+                process.kill()
+    assert len(attempts(store, "away")) == 1

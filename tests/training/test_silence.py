@@ -1,22 +1,8 @@
-import pytest
+"""Who is silent, by a clock that the test moves."""
 
-from training import silence
+from __future__ import annotations
+
 from training.silence import Silence
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    """A clock that the test moves: clock.now."""
-
-    class Clock:
-        now = 1000.0
-
-        def monotonic(self):
-            return self.now
-
-    clock = Clock()
-    monkeypatch.setattr(silence, "time", clock)
-    return clock
 
 
 def watch(silent, clock, seconds, **tags):
