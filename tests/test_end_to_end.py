@@ -18,12 +18,12 @@ import yaml
 
 from infra.demo.emoji import ATTRIBUTION
 from infra.demo.web import Web, start_web
-from infra.prefect_client import run_refresh_deployment
+from infra.prefect_client import PrefectAPI, run_refresh_deployment
 from infra.stack import LocalStack
 from starflow.checkpoints import load_manifest
-from starflow.errors import StarflowError
 from starflow.objectstore import open_store
-from starflow.snapshots import list_snapshots, load_snapshot
+from starflow.snapshots import list_snapshots
+from tests.infra.small_work import artifacts_of, newest_run, published_events
 
 PICTURES, ADDED = 60, 12
 #: Enough that seconds pass between the first checkpoint, upon which a rank is killed, and the end.
@@ -67,6 +67,8 @@ def test_urls_to_pictures(stack: LocalStack, s3_url: str, web: Web, tmp_path: Pa
     assert first["added"] == first["total"] > 25
     assert {"http_404", "private_address", "duplicate"} <= set(first["dropped"])
 
+    the_page_shows_it(PrefectAPI(stack.state.env["PREFECT_API_URL"]), first, s3_url)
+
     before = web.requests()
     second = refresh(stack, web.lists[1], parameters)
     assert second["parent"] == first["snapshot"]
@@ -88,6 +90,15 @@ def test_urls_to_pictures(stack: LocalStack, s3_url: str, web: Web, tmp_path: Pa
     picture = tmp_path / "picture.png"
     starflow("sample", "a red heart", "--checkpoint", f"{s3_url}/small", "--out", str(picture))
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def the_page_shows_it(api: PrefectAPI, answer: dict[str, Any], store: str) -> None:
+    page = artifacts_of(api, newest_run(api, "refresh/refresh-now"))
+    assert {row["reason"]: row["samples"] for row in json.loads(page["refresh-drops"])} == answer["dropped"]
+    assert page["refresh-pictures"].startswith("data:image/png;base64,")
+    assert f"| samples | 0 | {answer['total']} | +{answer['total']} |" in page["refresh-difference"]
+    told = {"snapshot": answer["snapshot"], "store": store, "total": answer["total"]}
+    wait_for(lambda: published_events(api, store) == [told], 20, "the event of the new snapshot")
 
 
 def refresh(stack: LocalStack, urls: Path, parameters: dict[str, Any]) -> dict[str, Any]:
@@ -125,17 +136,3 @@ def train_with_a_kill(store: str, snapshot: str, folder: Path) -> dict[str, Any]
             trainer.terminate()
             trainer.wait(30)
     return starflow("runs", "show", "small", "--store", store)
-
-
-@pytest.mark.timeout(240)
-def test_a_failing_refresh_says_why_and_harms_nothing(stack: LocalStack, s3_url: str, tmp_path: Path) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    urls = tmp_path / "urls.parquet"
-    pq.write_table(pa.table({"address": ["http://127.0.0.1:9/a.png"]}), urls)
-    with pytest.raises(StarflowError, match="url"):
-        refresh(stack, urls, {"store": s3_url, "allow_host": ["127.0.0.1"]})
-    assert list_snapshots(open_store(s3_url)) == []
-    with pytest.raises(StarflowError):
-        load_snapshot(open_store(s3_url))

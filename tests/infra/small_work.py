@@ -107,6 +107,26 @@ def wait_for_state(api: PrefectAPI, run_id: str, name: str, seconds: float) -> N
     wait_for(f"the state {name}", reached, seconds)
 
 
+def newest_run(api: PrefectAPI, deployment: str) -> str:
+    """Id of the run of `deployment` (FLOW/NAME) that was started last."""
+    wanted = {"deployment_id": {"any_": [api.get(f"/deployments/name/{deployment}")["id"]]}}
+    found = api.post("/flow_runs/filter", {"flow_runs": wanted, "sort": "START_TIME_DESC", "limit": 1})
+    return str(found[0]["id"])
+
+
+def artifacts_of(api: PrefectAPI, run_id: str) -> dict[str, Any]:
+    """What the newest artifact of each key on the run's page holds; of tables JSON text."""
+    wanted = {"artifacts": {"flow_run_id": {"any_": [run_id]}}, "sort": "CREATED_DESC"}
+    return {found["key"]: found["data"] for found in reversed(api.post("/artifacts/filter", wanted))}
+
+
+def published_events(api: PrefectAPI, store: str) -> list[dict[str, Any]]:
+    """Payloads of the events that have told of a new snapshot of `store`, newest first."""
+    resource = {"id": [f"starflow.store.{store}"]}
+    wanted = {"filter": {"event": {"name": ["starflow.snapshot.published"]}, "resource": resource}}
+    return [event["payload"] for event in api.post("/events/filter", wanted)["events"]]
+
+
 def wait_for_reschedule(api: PrefectAPI, run_id: str, seconds: float = 120) -> None:
     """Until the run is no longer in the state in which it ended."""
     wait_for("the automatic reschedule", lambda: state_of(api, run_id)["type"] not in FINAL, seconds)
