@@ -12,12 +12,16 @@ from pydantic import Field
 from infra.launch.common import Launch, LaunchConfig, Node, NodeState, exports, place_variables, settings
 from infra.launch.tools import call
 from starflow.config import Config
-from starflow.errors import NotFoundError, StarflowError
+from starflow.errors import UNAVAILABLE_STATUS, NotFoundError, StarflowError
 from training.launch import PREEMPTED_STATUS
 
 #: Slurm's job states in which the job waits for its nodes; those in which it has them.
 WAITING = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESV_DEL_HOLD", "SPECIAL_EXIT"}
 WORKING = {"RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING"}
+
+
+#: How often a job may have been re-queued, for whatever reason, and still be for a store that gives no answer.
+MOST_RESTARTS = 20
 
 
 class SlurmSettings(Config):
@@ -65,7 +69,11 @@ while [ "$interrupted" -eq 1 ]; do # a signal ends the wait, not the supervisors
   status=0
   wait "$steps" || status=$?
 done
-if [ "$status" -eq {PREEMPTED_STATUS} ]; then
+retry=0
+[ "$status" -ne {PREEMPTED_STATUS} ] || retry=1
+# The store gave no answer: worth another try, but not for ever.
+[ "$status" -ne {UNAVAILABLE_STATUS} ] || [ "${{SLURM_RESTART_COUNT:-0}}" -ge {MOST_RESTARTS} ] || retry=1
+if [ "$retry" -eq 1 ]; then
   scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from infra.cluster.settings import ClusterSettings, RayNetwork
 from pipelines.config import RefreshConfig
 from starflow.config import load_config
 from starflow.errors import ConfigError
+from tests.infra.command_lines import check_command
 from training.config import TrainConfig
 
 ROOT = Path(__file__).parent.parent.parent
@@ -282,6 +284,10 @@ def test_dockerfiles_pass_hadolint(out: Path) -> None:
         text = Path(file).read_text()
         assert len(re.findall(r"^FROM \S+:[\d.]+", text, re.M)) == 2, "two stages of fixed versions"
         assert text.rindex("USER 10001") > text.rindex("FROM ")
+    build, _, final = (out / "images" / "Dockerfile.cuda").read_text().rpartition("\nFROM ")
+    wanted = [f"DS_BUILD_{operator}=1" for operator in ("FUSED_ADAM", "CPU_ADAM", "AIO")]
+    assert all(build.index(each) < build.index("--no-binary deepspeed") for each in wanted), "operators are prebuilt"
+    assert "g++ " in final, "torch.compile needs it while training"
 
 
 def terraform(folder: Path) -> str:
@@ -342,6 +348,18 @@ def test_what_to_type_is_a_valid_shell_script(out: Path, tmp_path: Path) -> None
     assert shellcheck
     result = subprocess.run([shellcheck, script], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
+
+
+def test_commands_in_the_files_exist_with_those_options(out: Path, manifests: list[dict[str, Any]]) -> None:
+    typed = re.findall(r"```sh\n(.*?)```", (out / "NEXT.md").read_text(), re.S)
+    lines = "".join(typed).replace("\\\n", " ").splitlines()
+    lines += [manifest["spec"]["entrypoint"] for manifest in manifests if manifest["kind"] == "RayJob"]
+    for spec in pod_specs(manifests):
+        lines += [shlex.join(container.get("command", [])) for container in spec["containers"]]
+    ours = [line for line in lines if line.startswith("starflow ")]
+    assert {line.split()[1] for line in ours} == {"cluster", "launch", "refresh", "prefect"}
+    for line in ours:
+        check_command(line, "rendered")
 
 
 @pytest.mark.parametrize(

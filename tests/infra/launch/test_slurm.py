@@ -107,14 +107,20 @@ def test_notice_saves_and_requeues(make_launch: Make, fake: Any, tmp_path: Path)
     assert calls(tmp_path, "scancel") == [["--signal=TERM", "42"]]
 
 
-@pytest.mark.parametrize("status", [0, 1])
-def test_an_end_is_not_requeued(make_launch: Make, fake: Any, tmp_path: Path, status: int) -> None:
+@pytest.mark.parametrize(
+    ("status", "restarts", "requeued"),
+    [(0, "", False), (1, "", False), (75, "", True), (75, "99", True), (74, "", True), (74, "20", False)],
+)
+def test_only_what_can_go_on_is_requeued(
+    make_launch: Make, fake: Any, tmp_path: Path, status: int, restarts: str, requeued: bool
+) -> None:
     fake("srun", f"sys.exit({status})")
     fake("scontrol", "")
     script = SlurmLauncher(make_launch(on="slurm").launch).render(make_launch(on="slurm"))
-    done = subprocess.run(["bash"], input=script, text=True, env={**os.environ, "SLURM_JOB_ID": "42"})
+    environment = {**os.environ, "SLURM_JOB_ID": "42", **({"SLURM_RESTART_COUNT": restarts} if restarts else {})}
+    done = subprocess.run(["bash"], input=script, text=True, env=environment)
     assert done.returncode == status
-    assert calls(tmp_path, "scontrol") == []
+    assert calls(tmp_path, "scontrol") == ([["requeue", "42"]] if requeued else [])
 
 
 def test_submit_status_stop(make_launch: Make, fake: Any, tmp_path: Path) -> None:
