@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
-import subprocess
-import tempfile
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +13,7 @@ from typing import Any
 from pydantic import Field
 
 from infra.launch.common import Launch, LaunchConfig, Node, exports, passed_variables, place_variables, settings
-from infra.launch.tools import call
+from infra.launch.tools import call, lines_of
 from starflow.config import Config
 from starflow.errors import ConfigError, StarflowError
 from training.cluster import LOOPBACK
@@ -100,16 +98,7 @@ class ShellLauncher:
             raise StarflowError(f"{why}; its log is {process['log']} there")
         following = f"-f --pid={process['pid']} -s 0.5 " if follow else ""
         script = f"exec tail -n +1 {following}{shlex.quote(process['log'])}"
-        with tempfile.TemporaryFile() as told:
-            told.write(script.encode())
-            told.seek(0)
-            with subprocess.Popen(self._shell(process["host"]), stdin=told, stdout=subprocess.PIPE) as tail:
-                assert tail.stdout is not None
-                try:
-                    for line in tail.stdout:
-                        yield line.decode(errors="replace").rstrip("\n")
-                finally:
-                    tail.kill()
+        return lines_of(self._shell(process["host"]), script)
 
     def stop(self, launch: Launch, force: bool) -> None:
         if self._out_of_reach(launch):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import subprocess
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +11,7 @@ import yaml
 from pydantic import Field
 
 from infra.launch.common import Launch, LaunchConfig, Node, NodeState, place_variables, settings
-from infra.launch.tools import call
+from infra.launch.tools import call, lines_of
 from starflow.config import Config
 from starflow.errors import ConfigError
 from training.launch import PREEMPTED_STATUS
@@ -100,14 +99,7 @@ class KubernetesLauncher:
     def logs(self, launch: Launch, node: int, follow: bool) -> Iterator[str]:
         labels = f"{_selector(launch)},batch.kubernetes.io/job-completion-index={node}"
         more = ["--follow"] if follow else []
-        command = self._command("logs", "--selector", labels, "--tail", "-1", *more)
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL) as process:
-            assert process.stdout is not None
-            try:
-                for line in process.stdout:
-                    yield line.decode(errors="replace").rstrip("\n")
-            finally:
-                process.kill()
+        return lines_of(self._command("logs", "--selector", labels, "--tail", "-1", *more))
 
     def stop(self, launch: Launch, force: bool) -> None:
         """Deleting the job sends SIGTERM to every pod and kills those that have not left after `save_seconds`."""

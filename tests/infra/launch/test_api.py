@@ -251,7 +251,7 @@ def test_several_machines_on_this_one(make_config: Make, store: ObjectStore) -> 
     finally:
         stop(launch, 0)
     assert status(launch)["state"] == "completed"
-    assert any("1 ranks on 1 of 2 machines" in line for line in logs(launch))
+    assert any("1 rank on 1 of 2 machines" in line for line in logs(launch))
     assert [line["step"] for line in lines(store, "test")] == list(range(1, 301))
 
 

@@ -15,7 +15,7 @@ import yaml
 
 from infra.launch import Launch
 from infra.launch.kubernetes import KubernetesLauncher
-from starflow.errors import ConfigError
+from starflow.errors import ConfigError, StarflowError
 
 Make = Callable[..., Launch]
 SETTINGS = {"image": "registry/starflow:0.1.0-cuda", "secret": "s3", "environment": {"AWS_REGION": "us-east-1"}}
@@ -119,3 +119,16 @@ def test_submit_status_logs_stop(make_launch: Make, fake: Any, tmp_path: Path) -
     calls = [json.loads(line) for line in (tmp_path / "kubectl.calls").read_text().splitlines()]
     deleted = next(call for call in calls if "delete" in call)
     assert deleted[:5] == ["--namespace", "starflow", "delete", f"job/{launch.name}", f"service/{launch.name}"]
+
+
+def test_logs_that_cannot_be_read_are_one_sentence(
+    make_launch: Make, fake: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake("kubectl", "print('one', flush=True); sys.exit('Error from server: the pod is gone')")
+    launch = make(make_launch)
+    read: list[str] = []
+    with pytest.raises(StarflowError, match=r"kubectl .* logs .* failed: Error from server: the pod is gone"):
+        read.extend(KubernetesLauncher(launch.launch).logs(launch, 0, follow=False))
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(StarflowError, match="kubectl is not installed here"):
+        list(KubernetesLauncher(launch.launch).logs(launch, 0, follow=False))
