@@ -17,7 +17,7 @@ from collections.abc import Callable
 from starflow.config import Config
 from starflow.errors import AlreadyExistsError, ChangedError, NotFoundError, StoreError
 from starflow.objectstore import ObjectInfo, ObjectStore
-from training.processes import is_gone
+from training.processes import describe, is_gone
 from training.silence import Silence
 
 #: S3 refuses requests whose clock is off by more than 15 minutes, so no two writers' clocks differ by more, in seconds.
@@ -69,7 +69,7 @@ class Lease:
         """
         deadline, told = time.monotonic() + wait, False
         while owner := self._try():
-            message = f"run {self.run!r} is being written by {owner}"
+            message = f"run {self.run!r} is being written by {describe(owner)}"
             if time.monotonic() >= deadline or give_up():
                 raise LeaseHeldError(f"{message}; stop it there, or use another run name")
             if not told:
@@ -173,7 +173,7 @@ class Lease:
         info, record = self._read()
         if info is None or record is None or record.owner != self.owner:
             owner = record.owner if record and record.owner else "nobody"
-            raise LeaseHeldError(f"run {self.run!r} was taken over by {owner}; this writer ({self.owner}) stops")
+            raise LeaseHeldError(f"run {self.run!r} was taken over by {describe(owner)}; this writer stops")
         return info, record
 
     def _read(self) -> tuple[ObjectInfo | None, Record | None]:

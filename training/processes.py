@@ -40,6 +40,12 @@ def this_place() -> str:
     return f"{socket.gethostname()}/{boot}/{namespace}"
 
 
+def describe(owner: str) -> str:
+    """`owner` (see `identity`) for people; other texts as they are."""
+    place, *process = owner.rsplit(":", 2)
+    return f"process {process[0]} on {place.partition('/')[0]}" if len(process) == 2 else owner
+
+
 def is_gone(owner: str) -> bool:
     """True if `owner` (see `identity`) is known to have ended; processes elsewhere are never known to have."""
     place, *process = owner.rsplit(":", 2)

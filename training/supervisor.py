@@ -195,13 +195,14 @@ class Supervisor:
 
     def _attempt(self, committed: int | None) -> End:
         """One attempt with the machines that are there: from their gathering until this machine's ranks are gone."""
-        team = self._gather() if self.place.nodes > 1 else [self.owner]
+        team = self._gather() if self.place.nodes > 1 else self._alone()
         if isinstance(team, End):
             return team
         number, ranks = self.events.attempts + 1, len(team) * self.ranks_per_node
         where = "" if committed is None else f", resuming from step {committed}"
         machines = f" on {len(team)} of {self.place.nodes} machines" if self.place.nodes > 1 else ""
-        message = f"attempt {number}: {ranks} ranks{machines}, ZeRO-{self.config.zero_stage}{where}"
+        many = "rank" if ranks == 1 else "ranks"
+        message = f"attempt {number}: {ranks} {many}{machines}, ZeRO-{self.config.zero_stage}{where}"
         self.events.add("resumed" if committed is not None else "started", message, number, committed)
         master = f"{self.place.address}:{free_port()}"
         news = Announcement(launch=self.place.launch, attempt=number, members=tuple(team), ranks=ranks, master=master)
@@ -209,6 +210,10 @@ class Supervisor:
         self._regroup.clear()
         end = self._launch(news, lambda: self._lead_on(news))
         return self._heard(number, end) if end.outcome == "failed" and len(team) > 1 else end
+
+    def _alone(self) -> list[str] | End:
+        me = self.roll.me
+        return End("failed", f"{me.name} {me.problem}", retry=False) if me.problem else [self.owner]
 
     def _gather(self) -> list[str] | End:
         """Owners of the machines that begin, this one first: all, or after `patience` as many as the batch allows."""

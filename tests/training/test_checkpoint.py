@@ -87,7 +87,7 @@ def test_a_killed_uploader_is_replaced(saved, store, metrics):
 def test_a_run_taken_over_by_another_writer_commits_nothing(saved, store, metrics):
     Lease(store, "test", "tester:1:1").release()
     Lease(store, "test", "somebody:2:2").acquire()
-    assert "somebody:2:2" in saved.save(6, metrics)
+    assert "taken over by process 2 on somebody" in saved.save(6, metrics)
     assert saved.saver.failures == 1
     assert load_manifest(store, "test").step == 4
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 
 import pytest
 
-from training.processes import PARENT
+from training.processes import PARENT, describe, identity
 
 SCRIPT = "from training.processes import die_with_parent; die_with_parent(); print('alive')"
 
@@ -19,3 +20,8 @@ def test_a_process_whose_starter_ended_while_it_was_importing_ends(starter):
     rest = {name: value for name, value in os.environ.items() if name != PARENT}
     done = subprocess.run([sys.executable, "-c", SCRIPT], env=rest | own, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == ((1, "") if starter == "ended" else (0, "alive\n"))
+
+
+def test_people_read_who_it_is():
+    assert describe(identity()) == f"process {os.getpid()} on {socket.gethostname()}"
+    assert describe("somebody") == "somebody"

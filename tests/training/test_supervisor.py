@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from starflow.errors import ConfigError, NotFoundError
+from training.cluster import Place
 from training.lease import Lease
 from training.record import resolve
 from training.run_commands import describe_run
@@ -52,6 +53,12 @@ def test_a_start_that_was_replaced_before_it_had_the_lease_stops(make_config, st
     with pytest.raises(ConfigError, match="started with seed=1"):
         early.run()
     assert Lease(store, "test", "").holder() is None
+
+
+def test_a_machine_without_its_gpus_trains_nothing(make_config, store):
+    assert Supervisor(make_config(), Place(launch="one", gpus=4096)).run() == "failed"
+    message = describe_run(store.url, "test")["events"][-1]["message"]
+    assert "GPUs, 4096 are needed" in message
 
 
 def test_an_unusable_cache_ends_the_run_with_the_remedy(make_config, store, tmp_path):
