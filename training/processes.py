@@ -27,9 +27,9 @@ def die_with_parent() -> None:
         os._exit(1)  # the parent ended before the request was in place
 
 
-def identity() -> str:
-    """<place>:<pid>:<start> of this process: unique, and checkable by others in the same place."""
-    process = psutil.Process()
+def identity(pid: int | None = None) -> str:
+    """<place>:<pid>:<start> of a process, this one if left out: unique, and checkable by others in the same place."""
+    process = psutil.Process(pid)
     return f"{this_place()}:{process.pid}:{process.create_time():.2f}"
 
 
@@ -52,7 +52,8 @@ def is_gone(owner: str) -> bool:
     if place != this_place() or len(process) != 2:
         return False
     try:
-        return f"{psutil.Process(int(process[0])).create_time():.2f}" != process[1]
+        found = psutil.Process(int(process[0]))
+        return f"{found.create_time():.2f}" != process[1] or found.status() == psutil.STATUS_ZOMBIE
     except (psutil.NoSuchProcess, ValueError):
         return True
 

@@ -105,14 +105,15 @@ def test_thirty_random_moments(make_config, store, tmp_path):
     assert_alike(store, STEPS)
 
 
-#: Phase of a save: the request to the store in whose middle the kill comes.
+#: Phase of a save: the request to the store in whose middle the kill comes, and how many like it come before.
 PHASES = {
-    "upload": ("hang", "^PUT .*/killed/shards/.*optimizer"),
-    "metrics": ("hang", "^PUT .*/killed/shards/.*metrics"),
-    "before the manifest": ("hang", "^PUT .*/killed/checkpoints/"),
-    "after the manifest": ("lost", "^PUT .*/killed/checkpoints/"),
-    "prune manifests": ("lost", "^POST .*delete"),
-    "prune data": ("hang", "^POST .*delete"),
+    "upload": ("hang", "^PUT .*/killed/shards/.*optimizer", 0),
+    "metrics": ("hang", "^PUT .*/killed/shards/.*metrics", 0),
+    "before the announcement": ("lost", "^PUT .*/killed/shards/.*manifest", 0),
+    "before the manifest": ("hang", "^PUT .*/killed/checkpoints/", 0),
+    "after the manifest": ("lost", "^PUT .*/killed/checkpoints/", 0),
+    "prune manifests": ("lost", "^POST .*delete", 1),  # the draft goes first
+    "prune data": ("hang", "^POST .*delete", 2),
 }
 
 
@@ -128,11 +129,11 @@ def test_each_phase_of_a_save(make_config, s3_url, monkeypatch, tmp_path):
         calm = make_config(run="calm", **values)
         assert train(calm, tmp_path, 900) == 0
         run = Guarded(calm.model_copy(update={"run": "killed"}), store, tmp_path)
-        for phase, (mode, only) in PHASES.items():
+        for mode, only, after in PHASES.values():
             for kind in KINDS:
                 before = run.newest()
                 until(lambda before=before: run.newest() > before, 300)
-                proxy.only, proxy.count, proxy.after = only, 1, int(phase == "prune data")
+                proxy.only, proxy.count, proxy.after = only, 1, after
                 proxy.mode = mode
                 until(lambda: proxy.struck, 100)
                 kill(kind, run.config, run.process, choose)
