@@ -117,7 +117,7 @@ def _hand_over(target: Launcher, prepared: Launch, config: TrainConfig) -> Launc
 
     store = open_store(config.store)
     config = resolve(store, config)
-    store.write(f"{folder_key(config.run, prepared.id)}/config.json", config.model_dump_json(indent=1).encode())
+    store.write(_config_key(prepared), config.model_dump_json(indent=1).encode())
     try:
         submitted = prepared.model_copy(update={"handle": target.submit(prepared)})
         record(submitted)
@@ -175,7 +175,7 @@ def status(launch: Launch) -> dict[str, Any]:
         "unreachable": [node.node for node in unsure],
         "state": state,
         "step": run["step"],
-        "steps": run["steps"],
+        "steps": _config(launch)["steps"],  # a continuation may have more than the run was started with
         "message": events[-1]["message"] if events else "",
     }
 
@@ -229,6 +229,15 @@ def _alive(launch: Launch, nodes: list[Node]) -> bool:
     if any(node.state in ("pending", "running") for node in nodes):
         return True
     return any(node.state == "unknown" for node in nodes) and _may_be_at_work(launch)
+
+
+def _config(launch: Launch) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads(open_store(launch.store).read(_config_key(launch)))
+    return config
+
+
+def _config_key(launch: Launch) -> str:
+    return f"{folder_key(launch.run, launch.id)}/config.json"
 
 
 def _may_be_at_work(launch: Launch) -> bool:

@@ -169,7 +169,10 @@ def test_what_ran_elsewhere_has_said_that_it_ended(make_config: Make, store: Obj
 def test_a_target_that_does_not_answer_ends_nothing(
     make_config: Make, store: ObjectStore, hosts: dict[int, str]
 ) -> None:
-    launch = submit(make_config(), TWO_HOSTS)
+    submit(make_config(steps=6), TWO_HOSTS)
+    hosts |= {0: "ended", 1: "ended"}
+    launch = submit(make_config(steps=9), TWO_HOSTS)
+    assert status(launch)["steps"] == 9  # its own, not those the run was started with
     hosts.clear()
     answer = status(launch)
     assert (answer["alive"], answer["unreachable"]) == (True, [0, 1])
