@@ -74,6 +74,28 @@ def test_saved_state_is_read_back_exactly(saved, make_config, store):
     assert all(torch.equal(a, b) for a, b in zip(other.state(), saved.state(), strict=True))
 
 
+@pytest.mark.parametrize("precision", ["bfloat16", "autocast"])
+def test_other_precisions_learn_alike_and_go_on_exactly(make_config, store, metrics, precision):
+    Lease(store, "test", "tester:1:1", seconds=600).acquire()
+    setup = Setup(make_config(ranks=1, precision=precision))
+    plain = Setup(make_config(ranks=1))
+    start = plain.state()
+    for each in (setup, plain):
+        each.train(8)
+    moved, wanted = (
+        torch.cat([(a - b).flatten() for a, b in zip(each.state(), start, strict=True)]) for each in (setup, plain)
+    )
+    assert torch.cosine_similarity(moved, wanted, dim=0) > 0.9
+    assert setup.save(8, metrics) == ""
+    other = Setup(setup.config, seed=5)
+    assert resume(store, other.config, other.engine, other.ema).step == 8
+    assert same(other.state(), setup.state())
+    for each in (setup, other):
+        each.train(2)
+    assert same(other.state(), setup.state())
+    setup.saver.close()
+
+
 def test_a_killed_uploader_is_replaced(saved, store, metrics):
     os.kill(saved.saver._uploader.pid, signal.SIGKILL)
     assert saved.save(6, metrics) == ""
