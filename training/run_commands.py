@@ -110,7 +110,7 @@ def describe_run(store: str, run: str, brief: bool = False) -> dict[str, Any]:
         "samples": newest.progress.samples if newest else 0,
         "held_out_bits_per_dim": newest.progress.held_out_bits if newest else None,
         "skipped": newest.progress.skipped if newest else 0,
-        "restarts": max(0, sum(event["kind"] in ("started", "resumed") for event in events) - 1),
+        "restarts": sum(event["kind"] == "relaunch" for event in events),
         "checkpoints": steps,
         "sample_grids": list_samples(opened, run),
         "metrics": _local_metrics(opened, run, newest),
