@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
-from starflow.errors import ConfigError, NotFoundError
+from starflow.checkpoints import checkpoint_key
+from starflow.errors import ConfigError, NotFoundError, UnavailableError
+from training import supervisor as supervisor_module
 from training.cluster import Place
-from training.lease import Lease
+from training.crew import End
+from training.lease import Announced, Lease
 from training.record import resolve
 from training.run_commands import describe_run
 from training.supervisor import Supervisor
@@ -67,3 +72,50 @@ def test_an_unusable_cache_ends_the_run_with_the_remedy(make_config, store, tmp_
     message = describe_run(store.url, "test")["events"][-1]["message"]
     assert f"cannot write to {tmp_path / 'file'}" in message
     assert "set cache=" in message
+
+
+def test_a_checkpoint_whose_uploader_was_killed_is_there_before_the_next_attempt(make_config, store, monkeypatch):
+    begun = []
+
+    def attempt(self, committed):
+        begun.append(committed)
+        if committed is None:
+            store.write("runs/test/shards/000000002-x/manifest.json", b"{}")
+            announced = Announced(key=checkpoint_key("test", 2), draft="runs/test/shards/000000002-x/manifest.json")
+            Lease(store, "test", self.owner)._announce(announced)
+            return End("failed", "the uploader was killed before the manifest")
+        return End("completed", "completed")
+
+    monkeypatch.setattr(Supervisor, "_attempt", attempt)
+    assert Supervisor(make_config()).run() == "completed"
+    assert begun == [None, 2]
+
+
+@pytest.mark.parametrize("stopping", [False, True])
+def test_a_stop_does_not_wait_for_a_store_that_is_away(make_config, monkeypatch, stopping):
+    supervisor, asked = Supervisor(make_config()), []
+
+    def away(*_):
+        asked.append(time.monotonic())
+        if stopping:
+            supervisor._stop.set()
+        elif len(asked) == 3:
+            return
+        raise UnavailableError("away")
+
+    monkeypatch.setattr(supervisor.lease, "acquire", away)
+    monkeypatch.setattr(supervisor, "_lead", lambda: "completed")
+    assert supervisor.run() == ("preempted" if stopping else "completed")
+    assert len(asked) == (1 if stopping else 3)
+
+
+def test_a_store_that_stays_away_is_said(make_config, monkeypatch):
+    supervisor = Supervisor(make_config())
+
+    def away(*_):
+        raise UnavailableError("away")
+
+    monkeypatch.setattr(supervisor_module, "STORE_AWAY", 0.2)
+    monkeypatch.setattr(supervisor.lease, "acquire", away)
+    with pytest.raises(UnavailableError, match="away"):
+        supervisor.run()
