@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shlex
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,8 @@ from training.processes import this_place
 _STARTED = """\
 started() { sed 's/.*) //' "/proc/$1/stat" 2>/dev/null | awk '$1 != "Z" {print $20}'; }
 """
+#: Its process id, start time and log, as a supervisor's shell prints them last.
+_PROCESS = re.compile(r"^(\d+) (\d+) (/.*)\n\Z", re.M)
 
 
 class LocalSettings(Config):
@@ -68,13 +71,22 @@ class ShellLauncher:
     def submit(self, launch: Launch) -> dict[str, Any]:
         machines = self._machines(launch)
 
-        def start(node: int) -> dict[str, Any]:
+        def start(node: int) -> dict[str, Any] | StarflowError:
             host, address = machines[node]
-            pid, started, log = self._run(host, self._script(launch, node, address)).split(maxsplit=2)
-            return {"host": host, "pid": int(pid), "started": started, "log": log.strip()}
+            try:
+                said = self._run(host, self._script(launch, node, address))
+            except StarflowError as error:
+                return error
+            found = _PROCESS.search(said)  # after what the host says to everybody
+            if found is None:
+                return StarflowError(f"{host} did not start it and said {said.strip() or 'nothing'}; try ssh by hand")
+            return {"host": host, "pid": int(found[1]), "started": found[2], "log": found[3]}
 
         with ThreadPoolExecutor(min(32, len(machines))) as pool:
-            return {"place": this_place(), "processes": list(pool.map(start, range(len(machines))))}
+            processes = list(pool.map(start, range(len(machines))))
+        if failed := [str(process) for process in processes if isinstance(process, StarflowError)]:
+            raise StarflowError(f"{len(failed)} of {len(machines)} machines did not start: {'; '.join(failed)}")
+        return {"place": this_place(), "processes": processes}
 
     def nodes(self, launch: Launch) -> list[Node]:
         def look(node: int) -> Node:
@@ -83,7 +95,7 @@ class ShellLauncher:
             if why := self._out_of_reach(launch):
                 return Node(node=node, host=host, state="unknown", detail=why)
             try:
-                alive = self._run(host, self._if_alive(process, "echo running")).strip() == "running"
+                alive = self._run(host, self._if_alive(process, "echo running")).split()[-1:] == ["running"]
             except StarflowError as error:
                 return Node(node=node, host=host, state="unknown", detail=str(error))
             detail = f"process {process['pid']}, log {process['log']}"

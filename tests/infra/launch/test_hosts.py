@@ -48,8 +48,8 @@ def check_life(launcher: Any, launch: Launch) -> None:
     launch = submitted(launcher, launch)
     try:
         assert states(launcher, launch) == ["running", "running"]
-        assert wait_until(lambda: bool(list(launcher.logs(launch, 1, False))), seconds=30)
-        assert list(launcher.logs(launch, 1, False)) == ["machine 1 of 2 key it's secret"]
+        assert wait_until(lambda: any("secret" in line for line in launcher.logs(launch, 1, False)), seconds=30)
+        assert list(launcher.logs(launch, 1, False))[-1:] == ["machine 1 of 2 key it's secret"]
         psutil.Process(launch.handle["processes"][1]["pid"]).kill()
         assert wait_until(lambda: states(launcher, launch) == ["running", "ended"], seconds=30)
         launcher.stop(launch, force=False)
@@ -96,7 +96,7 @@ def test_ssh_settings(make_launch: Make) -> None:
 
 def test_ssh_keeps_secrets_off_command_lines(make_launch: Make, fake: Any, secret: str, tmp_path: Path) -> None:
     """The program `ssh` notes its arguments and runs the rest here."""
-    fake("ssh", "sys.exit(subprocess.run(ARGV[ARGV.index('sh'):]).returncode)")
+    fake("ssh", "print('Welcome!', flush=True); sys.exit(subprocess.run(ARGV[ARGV.index('sh'):]).returncode)")
     cluster = {"hosts": ["me@one", "two"], "options": ["-p", "2222"], "folder": str(tmp_path)}
     launch = make_launch(*SUPERVISOR, on="ssh", nodes=2, cluster=cluster)
     launcher = SshLauncher(launch.launch)
@@ -108,11 +108,37 @@ def test_ssh_keeps_secrets_off_command_lines(make_launch: Make, fake: Any, secre
     assert "export AWS_SECRET_ACCESS_KEY=...\n" in launcher.render(launch)
 
 
-def test_ssh_says_what_the_host_said(make_launch: Make, fake: Any) -> None:
-    fake("ssh", "sys.exit('ssh: connect to host one port 22: Connection refused')")
+def test_ssh_says_what_every_host_said(make_launch: Make, fake: Any, tmp_path: Path) -> None:
+    fake("ssh", "sys.exit(f'ssh: connect to host {ARGV[-3]} port 22: Connection refused' * (ARGV[-3] != 'two'))")
+    launch = make_launch(on="ssh", nodes=3, cluster={"hosts": ["one", "two", "three"]})
+    launcher = SshLauncher(launch.launch)
+    with pytest.raises(
+        StarflowError, match=r"ssh .* one sh -s failed: .*host one .*refused; ssh .*host three .*refused"
+    ):
+        launcher.submit(launch)
+
+
+def test_a_host_that_starts_nothing_is_named(make_launch: Make, fake: Any) -> None:
+    fake("ssh", "print('This account is not available.')")
     launch = make_launch(on="ssh", cluster={"hosts": ["one"]})
-    with pytest.raises(StarflowError, match=r"ssh .* one sh -s failed: .*Connection refused"):
+    with pytest.raises(StarflowError, match=r"one did not start it and said This account is not available\.; try ssh"):
         SshLauncher(launch.launch).submit(launch)
+
+
+def test_a_host_that_cannot_be_reached_keeps_none_from_stopping(make_launch: Make, fake: Any, tmp_path: Path) -> None:
+    fake("ssh", "sys.exit('no route' if ARGV[-3] == 'one' else subprocess.run(ARGV[-2:]).returncode)")
+    launch = make_launch(*SUPERVISOR, on="ssh", nodes=1, cluster={"hosts": ["two"]})
+    launcher = SshLauncher(launch.launch)
+    process = launcher.submit(launch)["processes"][0]
+    try:
+        away = {**process, "host": "one"}
+        launch = make_launch(on="ssh", nodes=2, cluster={"hosts": ["one", "two"]})
+        launch = launch.model_copy(update={"handle": {"processes": [away, process]}})
+        launcher.stop(launch, force=False)
+        assert wait_until(lambda: states(launcher, launch) == ["unknown", "ended"], seconds=30)
+        assert "no route" in launcher.nodes(launch)[0].detail
+    finally:
+        launcher.stop(launch, force=True)
 
 
 async def run_process(process: asyncssh.SSHServerProcess[bytes]) -> None:
