@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import io
 import os
 import random
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -37,18 +39,23 @@ class S3Store(ObjectStore):
     def __init__(self, bucket: str, prefix: str, patience: float | None = None) -> None:
         self.bucket, self.prefix, self.patience = bucket, f"{prefix}/" if prefix else "", patience
         self.url = f"s3://{bucket}/{prefix}".rstrip("/")
-        self._client_of: tuple[int, Any] | None = None
+        self._clients_of: tuple[int, _Clients] | None = None
         self._answered = False
 
     @property
     def client(self) -> Any:
+        """The boto3 client."""
+        return self._clients.plain
+
+    @property
+    def _clients(self) -> _Clients:
         # boto3 clients do not survive a fork, so each process makes its own.
-        if self._client_of is None or self._client_of[0] != os.getpid():
-            self._client_of = (os.getpid(), _s3_client(self.patience))
-        return self._client_of[1]
+        if self._clients_of is None or self._clients_of[0] != os.getpid():
+            self._clients_of = (os.getpid(), _s3_clients(self.patience))
+        return self._clients_of[1]
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_client_of": None}
+        return self.__dict__ | {"_clients_of": None}
 
     def read(self, key: str, start: int | None = None, length: int | None = None) -> bytes:
         span = {}
@@ -181,7 +188,7 @@ class S3Store(ObjectStore):
 
     def _transfer_down(self, key: str, path: Path) -> str:
         """A shard in one request, hashed as it comes; several shards come at once, and a larger object in parts."""
-        answer = self.client.get_object(Bucket=self.bucket, Key=self.prefix + key)
+        answer = self._clients.downloads.get_object(Bucket=self.bucket, Key=self.prefix + key)
         with closing(answer["Body"]) as body:
             if answer["ContentLength"] <= STREAM_BYTES:
                 digest = hashlib.sha256()
@@ -189,6 +196,7 @@ class S3Store(ObjectStore):
                     for block in body.iter_chunks(BLOCK_BYTES):
                         digest.update(block)
                         file.write(block)
+                _check_digest(answer, digest.digest())
                 return digest.hexdigest()
         self.client.download_file(self.bucket, self.prefix + key, str(path), Config=_transfer_config())
         return file_sha256(path)
@@ -286,7 +294,18 @@ class _MemoryFile(io.RawIOBase):
         return len(block)
 
 
-def _s3_client(patience: float | None) -> Any:
+@dataclass(frozen=True)
+class _Clients:
+    """Two of one session; `downloads` leaves it to us to compare what comes with the server's SHA-256.
+
+    boto3 would hash it, too: half of the CPU time of a download, which already has the digest that we need.
+    """
+
+    plain: Any
+    downloads: Any
+
+
+def _s3_clients(patience: float | None) -> _Clients:
     import boto3
     from botocore.config import Config as BotoConfig
     from botocore.exceptions import BotoCoreError
@@ -297,10 +316,27 @@ def _s3_client(patience: float | None) -> Any:
         read_timeout=patience or 60,
         max_pool_connections=16,
     )
+    unchecked = settings.merge(BotoConfig(response_checksum_validation="when_required"))
     try:
-        return boto3.session.Session().client("s3", config=settings)
+        session = boto3.session.Session()
+        clients = _Clients(session.client("s3", config=settings), session.client("s3", config=unchecked))
     except (BotoCoreError, ValueError) as error:
         raise ConfigError(f"cannot set up S3: {error}; check AWS_ENDPOINT_URL and AWS_REGION") from error
+    clients.downloads.meta.events.register("before-call.s3.GetObject", _ask_for_checksum)
+    return clients
+
+
+def _ask_for_checksum(params: dict[str, Any], **_: Any) -> None:
+    params["headers"]["x-amz-checksum-mode"] = "ENABLED"
+
+
+def _check_digest(answer: Mapping[str, Any], digest: bytes) -> None:
+    """Raises botocore's error for damaged bytes, which is retried, where the server knows their SHA-256 as a whole."""
+    from botocore.exceptions import FlexibleChecksumError
+
+    expected = answer.get("ChecksumSHA256", "-")  # of parts: <hash of their hashes>-<how many>
+    if "-" not in expected and base64.b64decode(expected) != digest:
+        raise FlexibleChecksumError(error_msg=f"expected the SHA-256 {expected}, got {digest.hex()}")
 
 
 def _transfer_config() -> Any:

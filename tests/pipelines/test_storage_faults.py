@@ -39,11 +39,12 @@ def proxy(s3_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyS3]:
 
     def impatient(patience: float | None) -> Any:
         settings = BotoConfig(retries={"mode": "standard", "total_max_attempts": 2}, read_timeout=1)
-        return boto3.session.Session().client("s3", config=settings)
+        client = boto3.session.Session().client("s3", config=settings)
+        return s3store._Clients(client, client)
 
     with FaultyS3(os.environ["AWS_ENDPOINT_URL"]) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
-        monkeypatch.setattr(s3store, "_s3_client", impatient)
+        monkeypatch.setattr(s3store, "_s3_clients", impatient)
         monkeypatch.setattr(s3store, "FIRST_DEADLINE_SECONDS", 0.5)
         monkeypatch.setattr(s3store, "DEADLINE_SECONDS", 0.5)
         yield proxy

@@ -176,3 +176,18 @@ def test_what_dead_writes_left_is_swept(store: ObjectStore) -> None:
     assert store.read("a/whole") == b"x"
     if isinstance(store, LocalStore):
         assert {path.name for path in store.root.rglob("*") if path.is_file()} == {"whole", "notes~"}
+
+
+def test_a_byte_flipped_on_its_way_down_is_downloaded_again(
+    s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_store(s3_url).write("k", b"content" * 1000)
+    monkeypatch.setattr(s3store.random, "uniform", lambda low, high: 0.01)
+    with FaultyS3(os.environ["AWS_ENDPOINT_URL"]) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        store = open_store(s3_url)
+        proxy.only, proxy.count = "^GET ", 1
+        proxy.mode = "flip"
+        assert store.download("k", tmp_path / "file") == hashlib.sha256(b"content" * 1000).hexdigest()
+        assert sum(request.startswith("GET ") for request in proxy.requests) == 2
+    assert (tmp_path / "file").read_bytes() == b"content" * 1000
