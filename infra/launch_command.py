@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 import typer
 from typer.core import TyperGroup
@@ -23,11 +25,17 @@ class SubmitByDefault(TyperGroup):
             args = ["submit", *args]
         return super().parse_args(ctx, args)
 
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """With the options of `submit`, which most people look for."""
+        super().format_help(ctx, formatter)
+        command = self.commands["submit"]
+        command.format_help(type(ctx)(command, info_name="submit", parent=ctx), formatter)
+
 
 launch = typer.Typer(
     cls=SubmitByDefault,
     help="Launch a run in the background, on one machine or many, and look after it. `starflow launch --on TARGET ...` "
-    "submits; see `starflow launch submit --help` for its options.",
+    "is `starflow launch submit --on TARGET ...`, whose options follow.",
     no_args_is_help=True,
 )
 
@@ -73,6 +81,7 @@ def submit(
         patience=patience,
         cluster=read_yaml(cluster) if cluster else {},
     )
+    _warn_of_loopback(on)
     if dry_run:
         _show(settings, target, machine, as_json)
         return
@@ -81,14 +90,31 @@ def submit(
         print_json(launched.model_dump(mode="json"))
         return
     print(launched.run)
-    machines = "this machine" if on == "local" else f"{nodes} machine{'s' * (nodes > 1)}"
+    machines = "this machine" if on == "local" else _counted(nodes, "machine")
     console.print(
-        f"launched on {on}: {launched.ranks} ranks on {machines}. Look after it with\n"
+        f"launched on {on}: {_counted(launched.ranks, 'rank')} on {machines}. Look after it with\n"
         f"  starflow launch status | logs | stop {launched.run} --store {launched.store}",
         highlight=False,
         markup=False,
         soft_wrap=True,
     )
+
+
+def _warn_of_loopback(on: str) -> None:
+    from training.cluster import LOOPBACK
+
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL", "")
+    if on != "local" and urlsplit(endpoint).hostname in LOOPBACK:
+        _warn(f"AWS_ENDPOINT_URL is {endpoint}: other machines do not reach it; set one that they do")
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
+def _reached(answer: dict[str, Any]) -> str:
+    saved = "nothing saved yet" if answer["step"] is None else f"saved up to step {answer['step']}"
+    return f"{answer['run']}: {answer['state']}, {saved} of {answer['steps']}"
 
 
 def _show(settings: Any, target: Any, machine: str | None, as_json: bool) -> None:
@@ -118,7 +144,7 @@ def status(run: Run, store: Store, as_json: Json = False) -> None:
     if as_json:
         print_json(answer)
         return
-    print(f"{answer['run']}: {answer['state']}, step {answer['step']} of {answer['steps']}, {answer['ranks']} ranks")
+    print(f"{_reached(answer)}, {_counted(answer['ranks'], 'rank')}")
     print(f"launched {answer['submitted']} on {answer['on']}")
     if answer["message"]:
         print(answer["message"])
@@ -162,7 +188,7 @@ def stop(
     if as_json:
         print_json(answer)
     else:
-        print(f"{run}: {answer['state']}, step {answer['step']} of {answer['steps']}")
+        print(_reached(answer))
     for node in (node for node in answer["nodes"] if node["node"] in answer["unreachable"]):
         _warn(
             f"machine {node['node']} {node['host']} cannot be asked whether it has stopped: {node['detail']}\n"

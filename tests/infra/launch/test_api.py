@@ -139,6 +139,7 @@ def test_a_machine_that_cannot_be_asked_has_not_ended(
     lease.acquire()
     Events(store, "test").add("started", "attempt 1", 1, None)
     shown = CliRunner().invoke(launch_app, ["status", "test", "--store", store.url])
+    assert shown.output.startswith("test: running, nothing saved yet of 6, 2 ranks\n")
     assert "machine 1  no answer two  no route" in shown.output
     answer = stop(launch, 0)
     assert (answer["alive"], answer["unreachable"], answer["state"]) == (True, [1], "running")
@@ -256,6 +257,22 @@ def test_several_machines_on_this_one(make_config: Make, store: ObjectStore) -> 
     assert status(launch)["state"] == "completed"
     assert any("1 rank on 1 of 2 machines" in line for line in logs(launch))
     assert [line["step"] for line in lines(store, "test")] == list(range(1, 301))
+
+
+def test_help_has_the_options_of_submit() -> None:
+    said = CliRunner().invoke(launch_app, ["--help"], env={"COLUMNS": "200"}).output
+    assert all(word in said for word in ("status", "logs", "stop", "--gpus-per-node", "--dry-run"))
+
+
+def test_an_endpoint_that_others_do_not_reach_is_said(
+    make_config: Make, tmp_path: Path, hosts: dict[int, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "train.yaml").write_text(make_config().model_dump_json())
+    arguments = ["--config", str(tmp_path / "train.yaml"), "--nodes", "2", "cluster.hosts=[one,two]"]
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9000")
+    said = CliRunner().invoke(launch_app, ["--on", "ssh", *arguments]).output
+    assert "AWS_ENDPOINT_URL is http://127.0.0.1:9000: other machines do not reach it" in said
+    assert "launched on ssh: 2 ranks on 2 machines" in said
 
 
 def test_dry_run_shows_what_would_be_submitted(make_config: Make, tmp_path: Path, store: ObjectStore) -> None:

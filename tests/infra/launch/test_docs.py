@@ -63,7 +63,7 @@ def test_commands_work(s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         reached = committed()
         assert wait_until(lambda: committed() > reached, seconds=200)
         assert "resuming from step" in run(5)
-        assert "emoji-1: completed, step 1500 of 1500, 1 ranks" in run(6)
+        assert "emoji-1: completed, saved up to step 1500 of 1500, 1 rank\n" in run(6)
     finally:
         if launch := active(s3_url, "emoji-1"):
             stop(launch, 0)
