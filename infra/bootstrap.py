@@ -1,7 +1,8 @@
 """Sets up a Prefect server: pool, limits, variables, blocks, deployments, automations; repeating it changes nothing.
 
-What people change in the UI stays: the pool's and the stores' limits, the variable's and the blocks' values, schedules
-(times, on or off), whether an automation is on and how many seconds it waits.
+What people change in the UI stays: the pool's and the stores' limits, the variable's and the blocks' values, the
+deployments' parameters (but for the store, which the variable names), schedules (times, on or off), whether an
+automation is on and how many seconds it waits.
 """
 
 from __future__ import annotations
@@ -78,9 +79,9 @@ def bootstrap(api_url: str, store: str, *, force: bool = False) -> dict[str, Any
         _ensure_block(api, "secret", block, {"value": os.environ.get(variable, "")})
     webhook = os.environ.get(WEBHOOK_VARIABLE, "")
     _ensure_block(api, "webhook", WEBHOOK_BLOCK, {"method": "POST", "url": webhook, "headers": JSON})
-    schedules = _schedules(api)
+    before = _deployments(api)
     _deploy(api_url)
-    _restore(api, schedules)
+    _restore(api, before)
     automations = _ensure_automations(api, bool(webhook))
     _set_variable(api, DIGEST_VARIABLE, digest)
     return {"deployments": "registered", "store": chosen, "automations": automations}
@@ -139,22 +140,38 @@ def _deploy(api_url: str) -> None:
         raise StarflowError(f"prefect deploy failed: {last_line(finished.stderr or finished.stdout)}")
 
 
-def _schedules(api: PrefectAPI) -> dict[tuple[str, str], dict[str, Any]]:
-    """(deployment id, slug) -> schedule and whether it is on."""
-    found = {}
-    for deployment in api.post("/deployments/filter"):
-        for schedule in deployment["schedules"]:
-            if schedule["slug"]:
-                found[deployment["id"], schedule["slug"]] = schedule
-    return found
+def _deployments(api: PrefectAPI) -> dict[str, dict[str, Any]]:
+    """Those of our pool, by id: others may use the same server."""
+    ours = {"work_pools": {"name": {"any_": [POOL]}}}
+    return {deployment["id"]: deployment for deployment in api.post("/deployments/filter", ours)}
 
 
-def _restore(api: PrefectAPI, before: dict[tuple[str, str], dict[str, Any]]) -> None:
-    for (deployment, slug), schedule in _schedules(api).items():
-        old = before.get((deployment, slug))
-        if old is not None and any(old[key] != schedule[key] for key in ("active", "schedule")):
-            wanted = {"active": old["active"], "schedule": old["schedule"]}
-            api.patch(f"/deployments/{deployment}/schedules/{schedule['id']}", wanted)
+def _restore(api: PrefectAPI, before: dict[str, dict[str, Any]]) -> None:
+    """Gives deployments back what was changed in the UI: values that prefect.yaml does not set, and schedules."""
+    for identity, deployment in _deployments(api).items():
+        old = before.get(identity, {"parameters": {}, "schedules": []})
+        schema = deployment["parameter_openapi_schema"]
+        kept = {name: value for name, value in old["parameters"].items() if name in schema["properties"]}
+        complete = {
+            "parameters": kept | deployment["parameters"],
+            # A misspelt name is refused when the run is made; Prefect's own schema takes it, and the run crashes.
+            "parameter_openapi_schema": schema | {"additionalProperties": False},
+        }
+        api.patch(f"/deployments/{identity}", complete)
+        there = {_name(schedule): schedule for schedule in deployment["schedules"]}
+        for schedule in old["schedules"]:
+            path = f"/deployments/{identity}/schedules"
+            wanted = {key: schedule[key] for key in ("active", "schedule", "parameters")}
+            now = there.get(_name(schedule))
+            if now is None and not schedule["slug"]:  # `prefect deploy` has deleted what is not in its file
+                api.post(path, [wanted])
+            elif now is not None and any(now[key] != wanted[key] for key in wanted):
+                api.patch(f"{path}/{now['id']}", wanted)
+
+
+def _name(schedule: dict[str, Any]) -> str:
+    """prefect.yaml's schedules have slugs, those that were added in the UI none."""
+    return str(schedule["slug"] or schedule["id"])
 
 
 def _ensure_automations(api: PrefectAPI, webhook: bool) -> dict[str, list[str]]:

@@ -62,20 +62,29 @@ def test_limits_variable_and_blocks_are_made(api: PrefectAPI, stack: LocalStack)
 
 @pytest.fixture
 def changed(api: PrefectAPI) -> Iterator[dict[str, Any]]:
-    """A schedule, an automation and a secret as somebody has changed them in the UI; an automation of earlier days."""
+    """A deployment, an automation and a secret as changed by people in the UI; an automation of earlier days."""
     deployment = api.get("/deployments/name/refresh/refresh-nightly")
     schedule = deployment["schedules"][0]
-    schedule_path = f"/deployments/{deployment['id']}/schedules/{schedule['id']}"
+    path = f"/deployments/{deployment['id']}"
     automation = next(a for a in api.post("/automations/filter") if a["name"] == "starflow: data are stale")
     secret = block(api, "secret", next(iter(SECRETS)))["id"]
     writable = {key: automation[key] for key in ("name", "enabled", "trigger", "actions")}
     patient = {"enabled": False, "trigger": automation["trigger"] | {"within": 604800.0}}
-    api.patch(schedule_path, {"active": True, "schedule": {"cron": "15 4 * * *", "timezone": "Europe/Paris"}})
+    later = {"active": True, "schedule": {"cron": "15 4 * * *", "timezone": "Europe/Paris"}}
+    api.patch(f"{path}/schedules/{schedule['id']}", later)
+    noon = {"active": False, "schedule": {"cron": "0 12 * * *", "timezone": "UTC"}}
+    api.post(f"{path}/schedules", [noon])
+    api.patch(path, {"parameters": {"urls": "list.parquet", "store": "s3://old", "contact": "me@example.org"}})
     api.put(f"/automations/{automation['id']}", writable | patient)
     api.post("/automations/", writable | {"name": "starflow: of earlier days"})
     api.patch(f"/block_documents/{secret}", {"data": {"value": "mine"}})
     yield automation
-    api.patch(schedule_path, {"active": False, "schedule": schedule["schedule"]})
+    for now in api.get(path)["schedules"]:
+        if now["slug"]:
+            api.patch(f"{path}/schedules/{now['id']}", {"active": False, "schedule": schedule["schedule"]})
+        else:
+            api.delete(f"{path}/schedules/{now['id']}")
+    api.patch(path, {"parameters": deployment["parameters"]})
     api.put(f"/automations/{automation['id']}", writable)
     api.patch(f"/block_documents/{secret}", {"data": {"value": ""}})
 
@@ -87,17 +96,24 @@ def test_bootstrap_keeps_what_was_changed_in_the_ui(
     assert answer["store"] == stack.state.store, "the variable counts"
     assert answer["automations"]["created"] == []
     assert answer["automations"]["removed"] == ["starflow: of earlier days"]
-    schedule = api.get("/deployments/name/refresh/refresh-nightly")["schedules"][0]
-    assert (schedule["active"], schedule["schedule"]["cron"]) == (True, "15 4 * * *")
+    deployment = api.get("/deployments/name/refresh/refresh-nightly")
+    schedules = {schedule["schedule"]["cron"]: schedule["active"] for schedule in deployment["schedules"]}
+    assert schedules == {"15 4 * * *": True, "0 12 * * *": False}
+    assert deployment["parameters"] == {
+        "urls": "list.parquet",
+        "store": stack.state.store,
+        "contact": "me@example.org",
+    }
     automation = api.get(f"/automations/{changed['id']}")
     assert (automation["enabled"], automation["trigger"]["within"]) == (False, 604800.0)
     assert block(api, "secret", next(iter(SECRETS)))["data"]["value"] == "mine"
     assert bootstrap(api.url, stack.state.store)["deployments"] == "unchanged"
 
 
-def test_bad_parameter_is_refused_before_a_run_exists(api: PrefectAPI) -> None:
-    with pytest.raises(StarflowError, match="image_size"):
-        start_run(api, "refresh/refresh-now", {"urls": "list.parquet", "image_size": 1})
+@pytest.mark.parametrize(("name", "value"), [("image_size", 1), ("imagesize", 64)])
+def test_bad_parameter_is_refused_before_a_run_exists(api: PrefectAPI, name: str, value: int) -> None:
+    with pytest.raises(StarflowError, match=name):
+        start_run(api, "refresh/refresh-now", {"urls": "list.parquet", name: value})
 
 
 def test_unknown_deployment_says_how_to_register_it(api: PrefectAPI) -> None:
