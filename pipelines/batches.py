@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import shutil
-import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +16,13 @@ import pyarrow.compute as pc
 from PIL import Image
 
 from pipelines.captioners import AltText
-from pipelines.config import RefreshConfig
+from pipelines.config import CAPTION_SETTINGS, RefreshConfig
 from pipelines.crawl import OUTCOME, fetch_batch
 from pipelines.datasets import import_batch
 from pipelines.filters import load_score
 from pipelines.ledger import get_table, put_table
 from pipelines.originals import Picture
+from pipelines.packing import pack
 from pipelines.plan import ROWS, Batch
 from pipelines.revalidation import left_rows
 from pipelines.texts import caption_quality
@@ -74,19 +73,22 @@ class CrawlRecord(Config):
 
 
 class CaptionRecord(Config):
-    """Captions of the batch's pictures: key, captions."""
+    """Captions of the batch's pictures: key, captions; and a hash of the settings that decided them."""
 
     captions: ObjectRef
     captioner: str
     quality: dict[str, int]
+    settings: str = ""
 
 
 class FilterRecord(Config):
-    """The samples that were kept, key and reason of those that were not, and the takedowns that held."""
+    """The samples that were kept, key and reason of those that were not, the takedowns that held, and a hash of the
+    settings and captions that decided."""
 
     samples: ObjectRef
     dropped: ObjectRef
     takedowns: ObjectRef | None
+    settings: str = ""
     count: int
     reasons: dict[str, int]
     examples: dict[str, list[str]]
@@ -112,6 +114,14 @@ def commit_record(store: ObjectStore, batch: Batch, record: Config) -> Any:
     return record
 
 
+def _replace_record(store: ObjectStore, batch: Batch, record: Config) -> Any:
+    """Commits the record in the place of any other one of its type."""
+    old = load_record(store, batch, type(record))
+    if old is not None and old != record:
+        store.delete([_key(batch, type(record))])
+    return commit_record(store, batch, record)
+
+
 def _key(batch: Batch, record: type[Any]) -> str:
     return f"{batch.folder}{record.__name__.removesuffix('Record').lower()}.json"
 
@@ -120,13 +130,17 @@ def crawl_batch(
     store: ObjectStore,
     batch: Batch,
     config: RefreshConfig,
-    blocked: Callable[[str], str],
+    blocked: Callable[[str, str | None], str],
     work: Path,
     on_progress: Callable[[int], None],
 ) -> CrawlRecord:
-    """Fetches a batch and commits original bytes and table; `blocked` gives the reason not to ask for a URL, or ""."""
+    """Fetches a batch and commits original bytes and table.
+
+    `blocked` gives the reason not to ask for a URL, with the id that it gave last time, or "".
+    """
     rows = get_table(store, batch.rows)
-    reasons = np.array([blocked(url) for url in rows["url"].to_pylist()], dtype=object)
+    known = zip(rows["url"].to_pylist(), rows["known_id"].to_pylist(), strict=True)
+    reasons = np.array([blocked(url, id) for url, id in known], dtype=object)
     asked = np.flatnonzero(reasons == "")
     folder, rules = work / "batch", work / "rules"
     rules.mkdir(exist_ok=True)
@@ -140,7 +154,7 @@ def crawl_batch(
             fetched = import_batch(urls, policy, folder, on_progress)
         numbers = pa.array(asked).take(fetched["row"])
         outcomes = pa.concat_tables([outcomes, fetched.set_column(0, "row", numbers)])
-    table, tar = _pack(rows, outcomes.sort_by("row"), folder)
+    table, tar = pack(rows, outcomes.sort_by("row"), folder)
     images = _upload(store, batch, tar) if tar is not None else None
     shutil.rmtree(folder, ignore_errors=True)
     left = left_rows(table)
@@ -170,84 +184,6 @@ def _refused(rows: np.ndarray, reasons: np.ndarray) -> pa.Table:
     return pa.Table.from_pylist(records, OUTCOME)
 
 
-def _pack(rows: pa.Table, outcomes: pa.Table, folder: Path) -> tuple[pa.Table, Path | None]:
-    """(rows with their outcomes, tar of the original bytes in row order, or None without any).
-
-    The same bytes are stored once. Content that was known before is marked unchanged and not stored again.
-    """
-    tar_path = folder / "images.tar"
-    offsets: list[int | None] = []
-    statuses = outcomes["status"].to_pylist()
-    places: dict[str, int] = {}
-    known = rows["known_id"].to_pylist()
-    with _blobs(folder) as blob, _tar(tar_path, "ok" in statuses) as append:
-        fields = (outcomes[name].to_pylist() for name in ("id", "format", "shard", "offset", "size"))
-        for row, (content, kind, shard, offset, size) in enumerate(zip(*fields, strict=True)):
-            if statuses[row] == "ok" and content == known[row]:
-                statuses[row] = "unchanged"
-            if statuses[row] != "ok":
-                offsets.append(None)
-                continue
-            if content not in places:
-                places[content] = append(f"{content}.{kind}", blob(shard, offset, size))
-            offsets.append(places[content])
-    table = rows.drop_columns(["etag", "last_modified"])
-    for name in (
-        "reason",
-        "http",
-        "retry_after",
-        "etag",
-        "last_modified",
-        "id",
-        "phash",
-        "width",
-        "height",
-        "spread",
-        "size",
-    ):
-        table = table.append_column(outcomes.schema.field(name), outcomes[name])
-    table = table.append_column("status", pa.array(statuses, pa.string()))
-    table = table.append_column("offset", pa.array(offsets, pa.int64()))
-    return table.combine_chunks(), tar_path if places else None
-
-
-@contextmanager
-def _blobs(folder: Path) -> Iterator[Callable[[int, int, int], bytes]]:
-    """A reader of the original bytes that the crawl processes left: (shard, offset, size) to bytes."""
-    files: dict[int, Any] = {}
-
-    def read(shard: int, offset: int, size: int) -> bytes:
-        if shard not in files:
-            files[shard] = (folder / "output" / f"{shard:05d}.bin").open("rb")
-        files[shard].seek(offset)
-        return bytes(files[shard].read(size))
-
-    try:
-        yield read
-    finally:
-        for file in files.values():
-            file.close()
-
-
-@contextmanager
-def _tar(path: Path, needed: bool) -> Iterator[Callable[[str, bytes], int]]:
-    """A writer of an uncompressed tar: (name, bytes) to the offset of the bytes. No times, no owners: the same
-    members give the same file."""
-    if not needed:
-        yield lambda name, data: 0
-        return
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-
-        def append(name: str, data: bytes) -> int:
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            offset = tar.offset + tarfile.BLOCKSIZE  # a short name's header is one block
-            tar.addfile(member, io.BytesIO(data))
-            return offset
-
-        yield append
-
-
 def _upload(store: ObjectStore, batch: Batch, tar: Path) -> ObjectRef:
     with tar.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -257,14 +193,18 @@ def _upload(store: ObjectStore, batch: Batch, tar: Path) -> ObjectRef:
 def caption_batch(
     store: ObjectStore, batch: Batch, crawl: CrawlRecord, captioner: AltText | Captioning, config: RefreshConfig
 ) -> CaptionRecord:
-    """Captions the batch's pictures: with the list's own text, and with `captioner` if it is another one."""
+    """Captions the batch's pictures: with the list's own text, and with `captioner` if it is another one.
+
+    Commits the record in the place of one of other settings.
+    """
     table = get_table(store, crawl.fetched)
     table = table.filter(pc.equal(table["status"], "ok"))
     alts = AltText().caption([], table["caption"].to_pylist())
     own_weight = 1.0 if isinstance(captioner, AltText) else config.alt_weight
     layers = [(AltText.name, AltText.version, own_weight, alts)]
     if not isinstance(captioner, AltText) and crawl.images is not None:
-        texts = _model_captions(store, batch, crawl.images, table, alts, captioner)
+        prefix = f"{batch.folder}captions/{config.digest(CAPTION_SETTINGS)}/"
+        texts = _model_captions(prefix, crawl.images, table, alts, captioner)
         layers.append((captioner.name, captioner.version, 1.0, texts))
     captions = [
         [
@@ -280,16 +220,16 @@ def caption_batch(
         captions=ref,
         captioner=f"{captioner.name} {captioner.version}",
         quality=caption_quality([str(each[-1]["text"]) if each else "" for each in captions]),
+        settings=config.digest(CAPTION_SETTINGS),
     )
-    committed: CaptionRecord = commit_record(store, batch, record)
+    committed: CaptionRecord = _replace_record(store, batch, record)
     store.delete([info.key for info in store.list(f"{batch.folder}captions/")])
     return committed
 
 
 def _model_captions(
-    store: ObjectStore, batch: Batch, images: ObjectRef, table: pa.Table, alts: list[str], captioner: Captioning
+    prefix: str, images: ObjectRef, table: pa.Table, alts: list[str], captioner: Captioning
 ) -> list[str]:
-    prefix = f"{batch.folder}captions/"
     places = zip(table["offset"].to_pylist(), table["size"].to_pylist(), strict=True)
     pictures = [Picture(row, images.key, offset, size) for row, (offset, size) in enumerate(places)]
     return captioner.captions(prefix, pictures, alts)
@@ -346,6 +286,7 @@ def filter_batch(
     rows: pa.Table,
     reasons: np.ndarray,
     takedowns: ObjectRef | None,
+    settings: str,
 ) -> FilterRecord:
     """Commits the batch's samples, the `rows` of `candidates` whose reason is empty, in the place of any before."""
     kept = rows.filter(pa.array(reasons == ""))
@@ -361,14 +302,12 @@ def filter_batch(
         samples=put_table(store, f"{batch.folder}samples", samples),
         dropped=put_table(store, f"{batch.folder}dropped", lost),
         takedowns=takedowns,
+        settings=settings,
         count=len(samples),
         reasons=dict(Counter(lost["dropped"].to_pylist())),
         examples=examples(list(reasons), rows["url"].to_pylist()),
     )
-    old = load_record(store, batch, FilterRecord)
-    if old is not None and old != record:
-        store.delete([_key(batch, FilterRecord)])
-    return commit_record(store, batch, record)  # type: ignore[no-any-return]
+    return _replace_record(store, batch, record)  # type: ignore[no-any-return]
 
 
 def retry_rows(store: ObjectStore, crawl: CrawlRecord, max_attempts: int, patience: float) -> tuple[pa.Table, float]:

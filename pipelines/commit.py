@@ -84,6 +84,8 @@ def _check_worth_keeping(state: RefreshState) -> None:
     counted = ", ".join(f"{reason} {count}" for reason, count in state.dropped.items())
     asked = sum(batch.count for plan in state.plans if not plan.round for batch in plan.batches)
     remedy = "check the network, and allow_host for hosts of your own" if reasons <= _OURS else "check the list"
+    if "private_address" in reasons:
+        remedy = "a host with a private address is asked only if it is yours: name it with --allow-host (allow_host)"
     raise NothingLeftError(
         f"none of {asked} URLs of {state.config.urls} gave a usable picture ({counted}); {remedy}, "
         "then run the same command again"

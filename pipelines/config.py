@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterable
 from typing import Literal
 
 from pydantic import Field, field_validator
@@ -16,6 +18,12 @@ from starflow.urls import host_name
 
 #: The name that robots.txt and X-Robots-Tag rules address us by.
 AGENT_TOKEN = "starflow"
+#: Settings that decide the captions of a picture, and those that decide, with these, whether it is kept.
+CAPTION_SETTINGS = ("captioner", "captioner_model", "caption_prompt", "caption_tokens", "alt_weight")
+FILTER_SETTINGS = (
+    *("min_size", "max_aspect_ratio", "min_spread", "min_text", "max_text", "block_words", "languages"),
+    *("near_duplicates", "score", "min_score"),
+)
 #: X-Robots-Tag directives that keep a picture out (`none` means noindex and nofollow).
 OPT_OUT_DIRECTIVES = ("noai", "noimageai", "noml", "none", "noindex", "noimageindex")
 
@@ -280,3 +288,7 @@ class RefreshConfig(CaptionConfig, CrawlConfig):
     @classmethod
     def _canonical_hosts(cls, hosts: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(map(host_name, hosts))
+
+    def digest(self, names: Iterable[str]) -> str:
+        """A short hash of these settings: work done under others is done again."""
+        return hashlib.sha256(self.model_dump_json(include=set(names)).encode()).hexdigest()[:16]

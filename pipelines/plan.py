@@ -246,7 +246,8 @@ def _due(config: RefreshConfig, known: pa.Table, now: datetime) -> pa.Array:
     moment = pa.scalar(now, MOMENT)
     retry = pc.and_(pc.equal(known["status"], "retry"), pc.less_equal(known["next_retry"], moment))
     due = pc.fill_null(retry, False)
-    blocked = pc.equal(known["status"], "blocked")
+    # What was taken down stays out; a host may be blocked no more.
+    blocked = pc.and_(pc.equal(known["status"], "blocked"), pc.equal(known["reason"], "blocked_host"))
     if pc.any(blocked).as_py():
         due = pc.or_(due, pc.and_(blocked, _unblocked(config, known)))
     if config.revalidate_days is not None:

@@ -22,13 +22,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines import batches, gate
-from pipelines.captioners import AltText, load_captioner
+from pipelines.captioners import AltText
 from pipelines.commit import finish_published, publish_snapshot
-from pipelines.config import RefreshConfig
+from pipelines.config import CAPTION_SETTINGS, FILTER_SETTINGS, RefreshConfig
 from pipelines.crawl import FULL
 from pipelines.duplicates import find_duplicates
-from pipelines.filters import apply_filters, build_filters, load_score
+from pipelines.filters import apply_filters, build_filters
 from pipelines.plan import Batch, Plan, plan_list
+from pipelines.settings import check_settings
 from pipelines.state import OnEvent, RefreshState
 from starflow.config import Config
 from starflow.errors import ConfigError, StarflowError
@@ -61,7 +62,7 @@ class RefreshResult(Config):
 def plan(state: RefreshState) -> Counts:
     """Finds the URLs of the list that are new or due, after ending a refresh that was killed at its very end."""
     finish_published(state)
-    _check_settings(state)
+    check_settings(state)
     if _is_decided(state):
         return _planned(state)
     plan = plan_list(
@@ -90,35 +91,6 @@ def _is_decided(state: RefreshState) -> bool:
         state.workspace.delete()
         state.open()
     return waiting != "" and state.config.gate_accept == waiting
-
-
-def _check_settings(state: RefreshState) -> None:
-    """Says before the crawl what later stages could not use.
-
-    Raises ConfigError when the parent's latents are of another size or VAE: a snapshot holds one kind only. The VAE is
-    compared by name, without loading it; publishing compares its weights.
-    """
-    parent, config = state.parent, state.config
-    build_filters(config)
-    if config.score is not None:
-        load_score(config.score)
-    if config.is_endpoint:
-        load_captioner(config)
-    if parent is None:
-        return
-    needed = [
-        f"{name}={there}"
-        for name, there, here in (
-            ("image_size", parent.image_size, config.image_size),
-            ("vae", parent.vae.name, config.vae),
-        )
-        if here != there
-    ]
-    if needed:
-        raise ConfigError(
-            f"the snapshots of {state.store.url} hold {parent.image_size} px latents of VAE {parent.vae.name}; "
-            f"set {' and '.join(needed)}, or use another store"
-        )
 
 
 def crawl(state: RefreshState) -> Counts:
@@ -191,7 +163,7 @@ def caption(state: RefreshState) -> Counts:
     with ExitStack() as stack:
         for number, batch in enumerate(state.batches):
             record = batches.load_record(state.store, batch, batches.CaptionRecord)
-            if record is None:
+            if record is None or record.settings != state.config.digest(CAPTION_SETTINGS):
                 captioner = captioner or stack.enter_context(_captioning(state))
                 crawled = batches.load_record(state.store, batch, batches.CrawlRecord)
                 record = batches.caption_batch(state.store, batch, crawled, captioner, state.config)
@@ -212,9 +184,10 @@ def filter_(state: RefreshState) -> Counts:
     reasons: Counter[str] = Counter()
     examples: dict[str, list[str]] = {}
     done = 0
+    decided = (state.takedowns_ref, _filter_settings(state))
     for window in _windows(state.batches):
         records = [batches.load_record(state.store, batch, batches.FilterRecord) for batch in window]
-        if any(record is None or record.takedowns != state.takedowns_ref for record in records):
+        if any(record is None or (record.takedowns, record.settings) != decided for record in records):
             records = _filter_window(state, window)
         for record in records:
             reasons.update(record.reasons)
@@ -226,6 +199,10 @@ def filter_(state: RefreshState) -> Counts:
         "reasons": dict(reasons),
         "examples": {reason: urls[: batches.EXAMPLES] for reason, urls in examples.items()},
     }
+
+
+def _filter_settings(state: RefreshState) -> str:
+    return state.config.digest(FILTER_SETTINGS + CAPTION_SETTINGS)
 
 
 def _windows(found: list[Batch]) -> Iterator[list[Batch]]:
@@ -254,7 +231,7 @@ def _filter_window(state: RefreshState, window: list[Batch]) -> list[batches.Fil
     for record, rows, reasons in zip(crawls, tables, verdicts, strict=True):
         batches.apply_score(state.store, record, rows, reasons, state.config, state.work)
     return [
-        batches.filter_batch(state.store, *parts, state.takedowns_ref)
+        batches.filter_batch(state.store, *parts, state.takedowns_ref, _filter_settings(state))
         for parts in zip(window, crawls, tables, verdicts, strict=True)
     ]
 

@@ -56,7 +56,8 @@ def list_files(location: str) -> list[str]:
     files = _list_s3(location) if location.startswith("s3://") else _list_local(location)
     if not files:
         raise NotFoundError(
-            f"no URL list at {location}; give a file, folder or glob of {', '.join(FORMATS)} (text may be .gz)"
+            f"no URL list at {location}; give a file, folder or glob of {', '.join(FORMATS)} (text may be .gz), or "
+            "set source=images for a folder of pictures, source=webdataset for one of tars"
         )
     return files
 
@@ -94,7 +95,10 @@ def _is_list(name: str) -> bool:
 def _format(name: str) -> str:
     suffix = name.lower().removesuffix(".gz").rsplit(".", 1)[-1]
     if suffix not in FORMATS:
-        raise ConfigError(f"URL list {name} has no known format; name it .{', .'.join(FORMATS)}")
+        raise ConfigError(
+            f"URL list {name} has no known format; name it .{', .'.join(FORMATS)}, or set source=images "
+            "for pictures, source=webdataset for tars"
+        )
     return suffix
 
 
@@ -136,6 +140,9 @@ def _local_copy(file: str, work: Path) -> Path:
 def _parquet(file: str, path: Path, columns: Columns) -> Iterator[pa.Table]:
     with pq.ParquetFile(path) as parquet:
         wanted = _present(file, columns, parquet.schema_arrow.names)
+        kind = parquet.schema_arrow.field(columns.url).type
+        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_dictionary(kind)):
+            raise ConfigError(f"URL list {file} has a column {columns.url!r} of {kind}, not of text; set url_column")
         for batch in parquet.iter_batches(_BATCH_ROWS, columns=wanted):
             yield _rows(batch.to_pydict(), columns)
 

@@ -103,11 +103,11 @@ class RefreshState:
                 found.append(get_table(self.store, record.left))
         return pa.concat_tables(found)
 
-    def blocked(self, url: str) -> str:
-        """Why the URL is not asked for; "" when it is."""
+    def blocked(self, url: str, known_id: str | None) -> str:
+        """Why the URL, which gave the content `known_id` last time, is not asked for; "" when it is."""
         if is_blocked(url, self.config.block_hosts):
             return "blocked_host"
-        return "takedown" if self.takedowns.blocks([None], [url])[0] else ""
+        return "takedown" if self.takedowns.blocks([known_id], [url])[0] else ""
 
     def progress(self, stage: str, done: int, total: int | None) -> None:
         """Reports how far a stage is."""

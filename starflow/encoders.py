@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 #: What a Hugging Face model id looks like; anything else can only be a folder.
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
+#: What needs no network, by kind.
+SHIPPED = {"VAE": "emoji", "text encoder": "minilm"}
+
 #: The parts of an `AutoencoderKL` that decoding uses.
 DECODER_PREFIXES = ("decoder.", "post_quant_conv.")
 
@@ -289,17 +292,46 @@ def _from_pretrained(kind: str, spec: str, load: Callable[..., Any]) -> Any:
     except (OSError, ValueError) as error:
         if Path(spec).exists() or not HUB_ID.fullmatch(spec):
             raise EncoderError(f"cannot load the {kind} {spec!r} from that folder: {_first_line(error)}") from error
+    _ask_hub(kind, spec)
+    try:
+        return load(spec)
+    except (OSError, ValueError) as error:
+        raise _not_had(kind, spec, error) from error
+
+
+def find_model(kind: str, spec: str) -> None:
+    """Returns, in ten seconds at most, if `spec` is a model's folder, or is in the Hugging Face cache or on the hub.
+
+    Loads nothing. Raises EncoderError as loading it would.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    folder = Path(spec)
+    if folder.exists() or not HUB_ID.fullmatch(spec):
+        if not (folder / "config.json").is_file():
+            raise EncoderError(f"cannot load the {kind} {spec!r} from that folder: it holds no config.json")
+    elif not isinstance(try_to_load_from_cache(spec, "config.json"), str):
+        _ask_hub(kind, spec)
+
+
+def _ask_hub(kind: str, spec: str) -> None:
+    """Asks once whether the hub has the model; the loaders retry for most of a minute."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HTTPError  # of whichever HTTP client this version of the hub uses
 
     try:
-        HfApi().model_info(spec, timeout=10)  # asks once; the loaders retry for most of a minute
-        return load(spec)
+        HfApi().model_info(spec, timeout=10)
     except (OSError, ValueError, HTTPError) as error:
-        raise EncoderError(
-            f"cannot load the {kind} {spec!r}: it is neither a folder here nor in the Hugging Face cache, and fetching "
-            f"it failed ({_first_line(error)}); where there is a network run `hf download {spec}`, then give its folder"
-        ) from error
+        raise _not_had(kind, spec, error) from error
+
+
+def _not_had(kind: str, spec: str, error: Exception) -> EncoderError:
+    shipped = f"; write {SHIPPED[kind]} for the one that is shipped" if kind in SHIPPED else ""
+    return EncoderError(
+        f"cannot load the {kind} {spec!r}: it is neither a folder here nor in the Hugging Face cache, and fetching "
+        f"it failed ({_first_line(error)}); where there is a network run `hf download {spec}`, then give its folder"
+        f"{shipped}"
+    )
 
 
 def _first_line(error: Exception) -> str:

@@ -22,10 +22,13 @@ from pipelines.crawl import OUTCOME
 from pipelines.encode_plan import EncodeConfig
 from pipelines.guard import FetchPolicy
 from pipelines.inspection import inspect_image
+from pipelines.ledger import Ledger
 from pipelines.refresh import RefreshResult, refresh
+from starflow import manifest
 from starflow.encoders import VAEIdentity
-from starflow.objectstore import ObjectStore
+from starflow.objectstore import ObjectStore, open_store
 from starflow.parts import LayerPlan, part_from_arrays
+from starflow.snapshots import load_snapshot
 
 #: What a URL answers: bytes, or (status, reason), or with seconds of Retry-After and the HTTP status, too.
 Answer = bytes | tuple[Any, ...]
@@ -83,7 +86,7 @@ def fake_encode(store: ObjectStore, tables: Sequence[str], config: EncodeConfig,
     from pipelines.encode import EncodeResult
 
     rows = pa.concat_tables([pq.read_table(pa.BufferReader(store.read(key))) for key in tables])
-    texts = [captions[0]["text"] for captions in rows["captions"].to_pylist()]
+    texts = [captions[0]["text"] if captions else None for captions in rows["captions"].to_pylist()]
     latents = np.zeros((len(rows), 4, 4, 4), np.float16)
     vae = VAEIdentity(name=config.vae, sha256="0" * 64, scaling_factor=1.0, channels=4, downsampling=8)
     layer = LayerPlan(origin="alt-text", version="1")
@@ -123,3 +126,34 @@ class Bench:
 def url(name: object) -> str:
     """A URL on a host that does not exist."""
     return f"http://pictures.example/{name}.png"
+
+
+#: Two batches, each kind of outcome once.
+MIXED: dict[str, Answer | list[Answer]] = {
+    **{url(index): png(index) for index in range(5)},
+    url("copy"): png(0),
+    url("gone"): ("failed", "http_404"),
+    url("optout"): ("opt_out", "x_robots_tag"),
+    url("flaky"): [("retry", "http_500"), png(50)],
+    url("down"): ("retry", "timeout"),
+    url("small"): png(60, size=8),
+}
+#: The same without the one that depends on how often it was asked.
+STEADY = {name: answer for name, answer in MIXED.items() if name != url("flaky")}
+MIXED_DROPS = {"duplicate": 1, "http_404": 1, "timeout": 1, "too_small": 1, "x_robots_tag": 1}
+
+
+def ledger_rows(bench: Bench) -> dict[str, dict[str, Any]]:
+    ledger = Ledger(open_store(str(bench.store)), 3)
+    rows = [row for partition in range(ledger.partitions) for row in ledger.read(partition).to_pylist()]
+    assert len({row["key"] for row in rows}) == len(rows)
+    return {row["url"]: row for row in rows}
+
+
+def sample_urls(bench: Bench) -> set[str]:
+    """URLs of the newest snapshot's samples, each once."""
+    store = open_store(str(bench.store))
+    tables = [pq.read_table(pa.BufferReader(manifest.get(store, p.samples))) for p in load_snapshot(store).parts]
+    urls = [url for table in tables for url in table["url"].to_pylist()]
+    assert len(set(urls)) == len(urls)
+    return set(urls)

@@ -24,11 +24,6 @@ BAD: dict[str, Answer | list[Answer]] = {
 }
 
 
-@pytest.fixture
-def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
-    return Bench(tmp_path, monkeypatch)
-
-
 def refused(bench: Bench, listed: Path, **settings: Any) -> str:
     """Refreshes, expects a refusal, and returns the candidate that it names."""
     before = len(list_snapshots(open_store(bench.store)))

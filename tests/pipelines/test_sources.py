@@ -178,3 +178,17 @@ def test_lists_on_s3(tmp_path: Path, s3_url: str) -> None:
     store.write("lists/cut.parquet", store.read("lists/2026/list.parquet")[:-20])
     with pytest.raises(ConfigError, match=r"cut\.parquet cannot be read as parquet"):
         list(read_rows(f"{s3_url}/lists/cut.parquet", Columns(), work))
+
+
+def test_a_column_that_is_no_text_is_refused_at_once(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"url": [1, 2], "caption": ["a", "b"]}), tmp_path / "list.parquet")
+    with pytest.raises(ConfigError, match="column 'url' of int64, not of text; set url_column"):
+        read(tmp_path / "list.parquet")
+
+
+@pytest.mark.parametrize("name", ["pictures", "w-000.tar"])
+def test_other_sources_are_named_where_there_is_no_list(tmp_path: Path, name: str) -> None:
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "w-000.tar").touch()
+    with pytest.raises((NotFoundError, ConfigError), match=r"set source=images .*, (or )?source=webdataset"):
+        list_files(str(tmp_path / name))

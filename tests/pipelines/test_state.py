@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from datetime import timedelta
 from pathlib import Path
 
@@ -16,10 +17,7 @@ from starflow.upkeep import collect_garbage
 from tests.pipelines.fake_crawl import Bench, png, url
 
 
-def test_it_goes_on_when_the_snapshot_that_it_was_planned_on_is_deleted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    bench = Bench(tmp_path, monkeypatch)
+def test_it_goes_on_when_the_snapshot_that_it_was_planned_on_is_deleted(bench: Bench, tmp_path: Path) -> None:
     first = bench.refresh(bench.write_list({url(n): png(n) for n in range(5)}))
     more = bench.write_list({url(n): png(n) for n in range(8)}, "more")
     (tmp_path / "work").mkdir()
@@ -34,11 +32,8 @@ def test_it_goes_on_when_the_snapshot_that_it_was_planned_on_is_deleted(
     assert set(bench.web.requests.values()) == {1}
 
 
-def test_what_was_taken_down_does_not_come_back_under_another_spelling(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_was_taken_down_does_not_come_back_under_another_spelling(bench: Bench) -> None:
     """Neither the URL, whose picture has changed meanwhile, nor a host."""
-    bench = Bench(tmp_path, monkeypatch)
     bench.refresh(bench.write_list({url(n): png(n) for n in range(3)}))
     spelled = "HTTP://Pictures.EXAMPLE:80/1.png#top"
     removal = take_down(open_store(bench.store), Takedowns([("url", spelled), ("host", "Other.example.")]))
@@ -49,3 +44,18 @@ def test_what_was_taken_down_does_not_come_back_under_another_spelling(
     result = bench.refresh(more, revalidate_days=1)
     assert (result.added, result.total, result.dropped) == (1, 3, {"takedown": 2})
     assert bench.web.requests.total() == before + 1
+
+
+@pytest.mark.parametrize("kind", ["id", "url"])
+def test_what_was_taken_down_is_never_asked_for_again(bench: Bench, kind: str) -> None:
+    """Also when it was named by its id; and only once it counts as dropped."""
+    listed = bench.write_list({url(n): png(n) for n in range(3)})
+    bench.refresh(listed)
+    value = url(1) if kind == "url" else hashlib.sha256(png(1)).hexdigest()
+    take_down(open_store(bench.store), Takedowns([(kind, value)]))
+    dropped = []
+    for _ in range(3):
+        bench.now += timedelta(days=2)
+        dropped.append(bench.refresh(listed, revalidate_days=1).dropped)
+    assert bench.web.requests == {url(0): 4, url(1): 1, url(2): 4}
+    assert dropped == [{"takedown": 1}, {}, {}]
