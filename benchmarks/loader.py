@@ -6,7 +6,14 @@
 Each sample is a posterior mean and standard deviation (4 x 32 x 40 float16 each, 20 KB) and a caption. All readers
 yield batches of 256 as arrays, shuffled as each does it, from a warm page cache; ours also from a local S3 server
 with a cold and a warm cache on disk. Then a snapshot of 100,000 shards, and one of 300 small parts, are opened, and
-the quality of shuffling is measured. Rows of readers that are not installed are left out.
+the quality of shuffling is measured. Rows of readers that are not installed are left out. MosaicML streaming asks for
+other versions of numpy and transformers than we have; beside them, in a folder of its own, it runs as it is:
+
+    pip install --target /tmp/mds --no-deps mosaicml-streaming==0.13.0 torchvision==0.15.2 \\
+        Brotli catalogue cramjam python-snappy xxhash zstd
+    PYTHONPATH=/tmp/mds python benchmarks/loader.py
+
+(this torchvision, which it imports for pictures only, can be imported without its compiled part).
 """
 
 from __future__ import annotations
@@ -73,6 +80,7 @@ def rate(batches: Iterator[int], total: int) -> float:
 
 def ours(store_url: str, cache: Path, total: int, block: int, window: int, cold: bool = False) -> float:
     """The training loader: shuffled order, caption drawing, prefetch thread. `cold` counts from opening on."""
+    importlib.import_module("boto3")  # like every other module, before the clock starts
     started = time.perf_counter()
     store = open_store(store_url)
     reader = SnapshotReader(store, load_snapshot(store), cache)
