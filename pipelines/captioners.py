@@ -19,7 +19,7 @@ from PIL import Image
 from pydantic import Field
 
 from starflow.config import Config
-from starflow.encoders import weights_sha256
+from starflow.encoders import EncoderError, from_pretrained, weights_sha256
 from starflow.errors import StarflowError
 
 #: Pictures are sent, and shown to models, no larger than this.
@@ -208,13 +208,14 @@ class ModelCaptioner:
         self.name, self.batch_size, self.max_tokens = model, batch_size, max_tokens
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
-            self.processor = AutoProcessor.from_pretrained(model)
-            self.model = AutoModelForImageTextToText.from_pretrained(model).eval().to(self.device)
-        except (OSError, ValueError) as error:
+            self.processor = from_pretrained("captioner", model, AutoProcessor.from_pretrained)
+            found = from_pretrained("captioner", model, AutoModelForImageTextToText.from_pretrained)
+        except EncoderError as error:
             raise CaptionError(
-                f"captioner {model!r} cannot be loaded: {error}; write alt, an http(s) endpoint, or the Hugging Face "
-                "id or path of an image-to-text model"
+                f"{error}; or write alt, an http(s) endpoint, or the Hugging Face id or path of another image-to-text "
+                "model"
             ) from error
+        self.model = found.eval().to(self.device)
         self.version = hashlib.sha256(f"{weights_sha256(self.model)}\n{max_tokens}".encode()).hexdigest()[:12]
         self._turn = threading.Lock()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import Annotated, Any
@@ -10,6 +11,9 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 from starflow.console import console, print_json
+
+#: Seconds between lines about a stage at work, where no bar can move.
+SAY_EVERY = 10.0
 
 
 def refresh(
@@ -48,7 +52,10 @@ def refresh(
 
 
 class StageBars:
-    """A progress bar per stage on stderr; one line each when done."""
+    """A progress bar per stage on stderr; one line each when done.
+
+    Where stderr is no terminal, as in a log, a line when a stage starts and from time to time while it works.
+    """
 
     def __init__(self) -> None:
         self._progress = Progress(
@@ -61,6 +68,7 @@ class StageBars:
             transient=True,
         )
         self._tasks: dict[str, TaskID] = {}
+        self._said = 0.0
 
     def __enter__(self) -> StageBars:
         self._progress.start()
@@ -76,11 +84,19 @@ class StageBars:
         stage = event["stage"]
         if event["event"] == "progress":
             self._progress.update(self._tasks[stage], completed=event["done"], total=event["total"])
+            if time.monotonic() - self._said >= SAY_EVERY:
+                self._say(f"{stage}: {event['done']:,} of {event['total'] or 'unknown'}")
         elif event["event"] == "stage" and event["state"] == "started":
             self._tasks[stage] = self._progress.add_task(stage, total=None)
+            self._say(f"{stage} begins")
         elif event["event"] == "stage":
             self._progress.remove_task(self._tasks.pop(stage))
             console.print(f"{stage:<8} {event['seconds']:7.1f} s  {_summary(event['counts'])}", highlight=False)
+
+    def _say(self, line: str) -> None:
+        self._said = time.monotonic()
+        if not console.is_terminal:
+            console.print(line, highlight=False)
 
 
 def _summary(counts: dict[str, Any]) -> str:

