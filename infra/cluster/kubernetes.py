@@ -6,6 +6,7 @@ from typing import Any
 
 from infra.cluster.pods import (
     DATABASE_SECRET,
+    LAUNCH_ACCOUNT,
     PREFECT_PORT,
     SERVICE_ACCOUNT,
     container,
@@ -36,21 +37,50 @@ def metadata(settings: ClusterSettings, name: str, **labels: str) -> dict[str, A
 
 
 def _namespace(settings: ClusterSettings) -> list[Manifest]:
-    role = f"arn:aws:iam::{settings.account}:role/{settings.name}-work"
     labels = {"pod-security.kubernetes.io/enforce": "baseline", "pod-security.kubernetes.io/warn": "restricted"}
     same: Manifest = {"from": [{"podSelector": {}}]}
     return [
         {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": settings.namespace, "labels": labels}},
-        {
-            "apiVersion": "v1",
-            "kind": "ServiceAccount",
-            "metadata": metadata(settings, SERVICE_ACCOUNT) | {"annotations": {"eks.amazonaws.com/role-arn": role}},
-        },
+        _account(settings, SERVICE_ACCOUNT),
+        _account(settings, LAUNCH_ACCOUNT),
+        *_launch_rights(settings),
         {  # Prefect does not ask who you are: nobody outside the namespace reaches it, or Ray
             "apiVersion": "networking.k8s.io/v1",
             "kind": "NetworkPolicy",
             "metadata": metadata(settings, "inside-only"),
             "spec": {"podSelector": {}, "policyTypes": ["Ingress"], "ingress": [same]},
+        },
+    ]
+
+
+def _account(settings: ClusterSettings, name: str) -> Manifest:
+    role = f"arn:aws:iam::{settings.account}:role/{settings.name}-work"
+    annotations = {"annotations": {"eks.amazonaws.com/role-arn": role}}
+    return {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": metadata(settings, name) | annotations}
+
+
+def _launch_rights(settings: ClusterSettings) -> list[Manifest]:
+    """What `starflow launch --on kubernetes` asks of kubectl, for the training that is started in Prefect."""
+    group = "rbac.authorization.k8s.io"
+    rules = [
+        {"apiGroups": ["batch"], "resources": ["jobs"], "verbs": ["get", "create", "patch", "delete"]},
+        {"apiGroups": [""], "resources": ["services"], "verbs": ["get", "create", "patch", "delete"]},
+        {"apiGroups": [""], "resources": ["pods"], "verbs": ["get", "list", "watch", "delete"]},
+        {"apiGroups": [""], "resources": ["pods/log"], "verbs": ["get"]},
+    ]
+    return [
+        {
+            "apiVersion": f"{group}/v1",
+            "kind": "Role",
+            "metadata": metadata(settings, LAUNCH_ACCOUNT),
+            "rules": rules,
+        },
+        {
+            "apiVersion": f"{group}/v1",
+            "kind": "RoleBinding",
+            "metadata": metadata(settings, LAUNCH_ACCOUNT),
+            "roleRef": {"apiGroup": group, "kind": "Role", "name": LAUNCH_ACCOUNT},
+            "subjects": [{"kind": "ServiceAccount", "name": LAUNCH_ACCOUNT, "namespace": settings.namespace}],
         },
     ]
 
@@ -164,5 +194,7 @@ def _worker(settings: ClusterSettings) -> Manifest:
         "worker", settings.cpu_image, env, max(1, group.cpus - 1), max(4, group.memory_gib - 4),
         command=["sh", "-c", script], volumeMounts=[mount],
     )  # fmt: skip
-    spec = pod([worker], "services", volumes=[volume], terminationGracePeriodSeconds=120)
+    spec = pod(
+        [worker], "services", volumes=[volume], terminationGracePeriodSeconds=120, serviceAccountName=LAUNCH_ACCOUNT
+    )
     return _workload(settings, "Deployment", "prefect-worker", spec, strategy={"type": "Recreate"})

@@ -11,7 +11,8 @@ from infra.cluster.settings import ClusterSettings, NodeGroup
 USER, HOME = 10001, "/home/starflow"
 #: Secrets that people create once; see the notes that are rendered beside the manifests.
 DATABASE_SECRET, RAY_SECRET = "starflow-database", "starflow-ray"
-SERVICE_ACCOUNT = "starflow"
+#: Account of what uses the store, and that of the Prefect worker, which also launches training in the namespace.
+SERVICE_ACCOUNT, LAUNCH_ACCOUNT = "starflow", "starflow-launch"
 PREFECT_PORT = 4200
 
 

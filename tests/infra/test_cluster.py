@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib.metadata
+import inspect
 import json
 import re
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,55 +22,16 @@ import yaml
 
 from infra.cluster.render import render
 from infra.cluster.settings import ClusterSettings, RayNetwork
+from infra.launch.kubernetes import KubernetesLauncher
 from pipelines.config import RefreshConfig
 from starflow.config import load_config
 from starflow.errors import ConfigError
 from tests.infra.command_lines import check_command
+from tests.infra.kuberay import SCHEMAS
 from training.config import TrainConfig
 
 ROOT = Path(__file__).parent.parent.parent
 EXAMPLE = ROOT / "infra" / "cluster.yaml"
-STRING, NUMBER, FLAG, ANY = {"type": "string"}, {"type": "integer", "minimum": 0}, {"type": "boolean"}, {}
-STRINGS = {"type": "object", "additionalProperties": STRING}
-
-
-def fields(required: Sequence[str] = (), **properties: Any) -> dict[str, Any]:
-    """JSON schema of an object that has these fields and no others."""
-    return {"type": "object", "properties": properties, "required": list(required), "additionalProperties": False}
-
-
-#: KubeRay 1.6.2's RayClusterSpec and RayJobSpec as its API reference gives them (ray-project/kuberay,
-#: docs/reference/api.md, checked against ray-operator/apis/ray/v1). ANY: Kubernetes' own; pods are checked as pods.
-AUTH = fields(enableK8sTokenAuth=FLAG, secretName=STRING, mode={"enum": ["disabled", "token"]})
-AUTOSCALER = fields(
-    resources=ANY, image=STRING, imagePullPolicy=STRING, securityContext=ANY, idleTimeoutSeconds=NUMBER,
-    upscalingMode={"enum": ["Default", "Aggressive", "Conservative"]}, version={"enum": ["v1", "v2"]},
-    env=ANY, envFrom=ANY, volumeMounts=ANY,
-)  # fmt: skip
-HEAD_GROUP = fields(
-    ["template"], template=ANY, headService=ANY, enableIngress=FLAG, resources=STRINGS, labels=STRINGS,
-    rayStartParams=STRINGS, serviceType=STRING,
-)  # fmt: skip
-WORKER_GROUP = fields(
-    ["groupName", "maxReplicas", "minReplicas", "template"], suspend=FLAG, groupName=STRING, replicas=NUMBER,
-    minReplicas=NUMBER, maxReplicas=NUMBER, idleTimeoutSeconds=NUMBER, resources=STRINGS, labels=STRINGS,
-    rayStartParams=STRINGS, template=ANY, scaleStrategy=ANY, numOfHosts=NUMBER,
-)  # fmt: skip
-RAY_CLUSTER = fields(
-    ["headGroupSpec"], upgradeStrategy=ANY, authOptions=AUTH, suspend=FLAG, managedBy=STRING,
-    autoscalerOptions=AUTOSCALER, headServiceAnnotations=STRINGS, enableInTreeAutoscaling=FLAG,
-    gcsFaultToleranceOptions=ANY, headGroupSpec=HEAD_GROUP, rayVersion=STRING,
-    workerGroupSpecs={"type": "array", "items": WORKER_GROUP},
-)  # fmt: skip
-RAY_JOB = fields(
-    activeDeadlineSeconds=NUMBER, backoffLimit=NUMBER, rayClusterSpec=RAY_CLUSTER, submitterPodTemplate=ANY,
-    metadata=STRINGS, clusterSelector=STRINGS, submitterConfig=ANY, managedBy=STRING, deletionStrategy=ANY,
-    entrypoint=STRING, runtimeEnvYAML=STRING, jobId=STRING,
-    submissionMode={"enum": ["K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode"]},
-    entrypointResources=STRING, entrypointNumCpus={"type": "number"}, entrypointNumGpus={"type": "number"},
-    ttlSecondsAfterFinished=NUMBER, preRunningDeadlineSeconds=NUMBER, shutdownAfterJobFinishes=FLAG, suspend=FLAG,
-)  # fmt: skip
-RAY_KINDS = {"RayCluster": RAY_CLUSTER, "RayJob": RAY_JOB}
 #: What `terraform output -json ray` prints.
 RAY_NETWORK = {"subnets": ["subnet-0a1b", "subnet-0c2d"], "security_group": "sg-0e3f"}
 
@@ -133,7 +95,7 @@ def test_ray_resources_have_the_fields_of_kuberay(manifests: list[dict[str, Any]
         ("ray.io/v1", "RayJob"),
     ]
     for manifest in found:
-        schema = fields(["spec"], apiVersion=STRING, kind=STRING, metadata=ANY, spec=RAY_KINDS[manifest["kind"]])
+        schema = SCHEMAS[manifest["kind"]]
         jsonschema.validate(manifest, schema)
         broken = json.loads(json.dumps(manifest).replace('"idleTimeoutSeconds"', '"idleTimeout"'))
         with pytest.raises(jsonschema.ValidationError, match="idleTimeout"):
@@ -184,6 +146,25 @@ def test_manifests_refer_to_things_that_exist(manifests: list[dict[str, Any]], o
                 assert reference is None or reference["name"] in secrets
     for cluster in ray_clusters(manifests):
         assert cluster["authOptions"]["secretName"] in secrets
+
+
+def test_the_worker_may_launch_training_and_nobody_else(manifests: list[dict[str, Any]]) -> None:
+    role, binding = (next(m for m in manifests if m["kind"] == kind) for kind in ("Role", "RoleBinding"))
+    assert binding["roleRef"]["name"] == role["metadata"]["name"]
+    account = binding["subjects"][0]["name"]
+    with_it = [spec for spec in pod_specs(manifests) if spec["serviceAccountName"] == account]
+    assert [spec["containers"][0]["name"] for spec in with_it] == ["worker"]
+    granted = {(thing, verb) for rule in role["rules"] for thing in rule["resources"] for verb in rule["verbs"]}
+    needed = {
+        "apply": {(thing, verb) for thing in ("jobs", "services") for verb in ("get", "create", "patch")},
+        "get": {("pods", "list"), ("jobs", "get")},
+        "delete": {("jobs", "delete"), ("services", "delete"), ("pods", "delete"), ("pods", "list")},
+        "logs": {("pods", "get"), ("pods", "list"), ("pods", "watch"), ("pods/log", "get")},
+    }
+    used = set(re.findall(r'self\._(?:kubectl|command)\(\s*"(\w+)"', inspect.getsource(KubernetesLauncher)))
+    assert used == set(needed)
+    assert set().union(*needed.values()) <= granted
+    assert not {thing for thing, _ in granted} & {"secrets", "*"}
 
 
 def test_nothing_runs_as_root_or_asks_for_no_memory(manifests: list[dict[str, Any]]) -> None:
@@ -282,7 +263,9 @@ def test_dockerfiles_pass_hadolint(out: Path) -> None:
     assert result.returncode == 0, result.stdout
     for file in files:
         text = Path(file).read_text()
-        assert len(re.findall(r"^FROM \S+:[\d.]+", text, re.M)) == 2, "two stages of fixed versions"
+        stages = re.findall(r"^FROM (.*)", text, re.M)
+        assert len(stages) > 1
+        assert all(re.match(r"\S+:v?\d+\.\d+\.\d+", stage) for stage in stages), "fixed versions"
         assert text.rindex("USER 10001") > text.rindex("FROM ")
     build, _, final = (out / "images" / "Dockerfile.cuda").read_text().rpartition("\nFROM ")
     wanted = [f"DS_BUILD_{operator}=1" for operator in ("FUSED_ADAM", "CPU_ADAM", "AIO")]

@@ -1,4 +1,4 @@
-# Who may do what. Pods get the work role through their service account; a Ray cluster without Kubernetes has the two of
+# Who may do what. Pods get the work role through their service accounts; a Ray cluster without Kubernetes has the two of
 # ray.tf.
 
 data "aws_iam_policy_document" "work" {
@@ -49,7 +49,7 @@ data "aws_iam_policy_document" "assume_work" {
     condition {
       test     = "StringEquals"
       variable = "${local.issuer}:sub"
-      values   = ["system:serviceaccount:${var.namespace}:${var.service_account}"]
+      values   = [for account in var.service_accounts : "system:serviceaccount:${var.namespace}:${account}"]
     }
 
     condition {

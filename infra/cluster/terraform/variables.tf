@@ -32,12 +32,12 @@ variable "prefix" {
 
 variable "namespace" {
   type        = string
-  description = "Kubernetes namespace whose service account may use the bucket."
+  description = "Kubernetes namespace whose service accounts may use the bucket."
 }
 
-variable "service_account" {
-  type        = string
-  description = "That service account."
+variable "service_accounts" {
+  type        = list(string)
+  description = "Those service accounts."
 }
 
 variable "kubernetes_version" {
