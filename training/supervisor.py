@@ -179,7 +179,8 @@ class Supervisor:
             failures = 0 if committed != advanced else failures + 1
             self._tell("died", end.message, committed)
             if stopping:
-                self._tell("preempted", f"stopped before it could save; last committed step: {committed}", committed)
+                kept = "nothing" if committed is None else f"step {committed}"
+                self._tell("preempted", f"stopped before it could save; {kept} is committed", committed)
                 return "preempted"
             if not end.retry or failures > self.config.max_restarts or self._lost:
                 why = "this does not go away by itself" if not end.retry else f"{failures} relaunches in a row failed"
@@ -332,14 +333,21 @@ class Supervisor:
             announce(self.store, self.config.run, news)
 
     def _renew(self, done: threading.Event) -> None:
+        away = False
         while not done.wait(self.config.lease_seconds / 4):
             try:
                 self.lease.renew()
             except LeaseHeldError as error:
                 self._lost = str(error)
                 return
-            except StarflowError:
-                continue  # the store is away: whoever commits asks for the lease again anyway
+            except StarflowError as error:  # whoever commits asks for the lease again anyway
+                if not away:
+                    self._say(f"the store does not answer; training goes on, saves wait for it: {error}")
+                away = True
+            else:
+                if away:
+                    self._say("the store answers again")
+                away = False
 
     def _committed(self) -> int | None:
         steps = self._patiently(lambda: list_steps(self.quick, self.config.run))
@@ -362,12 +370,15 @@ class Supervisor:
 
     def _notified(self, notice: str) -> None:
         """The cloud takes this machine: the same as SIGTERM."""
-        console.print(f"{notice}: saving and leaving", highlight=False, soft_wrap=True, markup=False)
+        self._say(f"{notice}: saving and leaving")
         self._notice = f" ({notice})"
         self._stop.set()
 
     def _tell(self, kind: str, message: str, committed: int | None = None) -> None:
         if self._lost:  # the events are the new writer's
-            console.print(f"run {self.config.run}: {message}", highlight=False, soft_wrap=True, markup=False)
+            self._say(message)
             return
         self.events.add(kind, message, max(1, self.events.attempts), committed)
+
+    def _say(self, message: str) -> None:
+        console.print(f"run {self.config.run}: {message}", highlight=False, soft_wrap=True, markup=False)

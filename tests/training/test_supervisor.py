@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 
 import pytest
@@ -119,3 +120,19 @@ def test_a_store_that_stays_away_is_said(make_config, monkeypatch):
     monkeypatch.setattr(supervisor.lease, "acquire", away)
     with pytest.raises(UnavailableError, match="away"):
         supervisor.run()
+
+
+def test_an_outage_is_told_once_and_so_is_its_end(make_config, monkeypatch, capsys):
+    supervisor, answers, done = Supervisor(make_config(lease_seconds=0.1)), iter([0, 1, 1, 1, 0, 0]), threading.Event()
+
+    def renew():
+        answer = next(answers, None)
+        if answer is None:
+            done.set()
+        if answer:
+            raise UnavailableError("it is away")
+
+    monkeypatch.setattr(supervisor.lease, "renew", renew)
+    supervisor._renew(done)
+    told = capsys.readouterr().err
+    assert told.count("the store does not answer") == told.count("the store answers again") == 1
