@@ -73,6 +73,16 @@ class PrefectUI:
         self.page.get_by_role("link", name=name, exact=True).click()
         self.page.get_by_role("button", name="Run", exact=True).wait_for()
 
+    def edit_deployment(self) -> None:
+        """Opens the form with the settings of the deployment that is open."""
+        self.page.locator(".deployment-menu button, .p-icon-button-menu button").first.click()
+        self.page.get_by_text("Edit", exact=True).first.click()
+        self.page.get_by_role("button", name="Save").wait_for()
+
+    def save(self) -> None:
+        self.page.get_by_role("button", name="Save").click()
+        self.page.get_by_role("button", name="Run", exact=True).wait_for()
+
     def toggle_schedule(self) -> None:
         """Of the deployment that is open."""
         self.page.get_by_role("switch").first.click()
@@ -80,8 +90,9 @@ class PrefectUI:
     def toggle_automation(self, name: str) -> None:
         self.page.goto(f"{self.address}/automations")
         self.page.get_by_role("link", name=name, exact=True).first.wait_for()
-        card = self.page.locator(".p-card, .automation-card").filter(has=self.page.get_by_text(name, exact=True)).last
-        card.get_by_role("switch").click()
+        card = self.page.locator(".p-card, .automation-card").filter(has=self.page.get_by_text(name, exact=True))
+        # The card of its action is inside, has the deployment's name as well, and no switch.
+        card.filter(has=self.page.get_by_role("switch")).last.get_by_role("switch").click()
 
     def custom_run(self) -> None:
         """Opens the form of the deployment that is open."""

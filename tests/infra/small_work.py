@@ -25,16 +25,16 @@ from starflow.objectstore import open_store
 
 T = TypeVar("T")
 
-#: A training run of a few seconds on one rank, long enough to be caught at work.
+#: A training run of under a minute on one rank, long enough to be caught at work several times on a busy machine.
 SMALL_RUN: dict[str, Any] = {
     "preset": "emoji",
     "model": {"width": 64, "layers": [1, 1, 2]},
     "ranks": 1,
-    "steps": 400,
+    "steps": 1000,
     "global_batch_size": 8,
-    "checkpoint_every": 10,
-    "validation_every": 200,
-    "sample_every": 200,
+    "checkpoint_every": 20,
+    "validation_every": 500,
+    "sample_every": 500,
     "held_out": 0.1,
     "lease_seconds": 5.0,
 }
