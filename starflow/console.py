@@ -14,3 +14,10 @@ console = Console(stderr=True)
 def print_json(answer: Any) -> None:
     """Prints `answer` (JSON types) on stdout, for ``--json``."""
     print(json.dumps(answer, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def show_value(value: object) -> str:
+    """A value as tables show it: numbers to four digits, nothing as "none yet"."""
+    if value is None:
+        return "none yet"
+    return f"{value:.4f}" if isinstance(value, float) else str(value)

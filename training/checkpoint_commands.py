@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 checkpoints = typer.Typer(help="List, show, verify, export and prune checkpoints.", no_args_is_help=True)
-Store = Annotated[str, typer.Option(help="Object store: s3://bucket/prefix or a folder.")]
+Store = Annotated[str, typer.Option(help="Object store: s3://bucket/prefix or a folder.", envvar="STARFLOW_STORE")]
 Step = Annotated[int | None, typer.Option(help="Step of the checkpoint; the newest if left out.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 
@@ -17,7 +17,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 def list_(run: str, store: Store, as_json: AsJson = False) -> None:
     """Committed checkpoints of a run, oldest first."""
     from starflow.checkpoints import list_runs, list_steps, load_manifest, no_checkpoints
-    from starflow.console import print_json
+    from starflow.console import print_json, show_value
     from starflow.objectstore import open_store
 
     opened = open_store(store)
@@ -29,7 +29,8 @@ def list_(run: str, store: Store, as_json: AsJson = False) -> None:
         print_json(rows)
         return
     for row in rows:
-        print(f"step {row['step']:>9}  {row['created']}  {row['bytes'] / 1e6:.1f} MB  held out {row['held_out_bits']}")
+        bits = show_value(row["held_out_bits"])
+        print(f"step {row['step']:>9}  {row['created']}  {row['bytes'] / 1e6:.1f} MB  held out {bits}")
 
 
 @checkpoints.command()

@@ -41,8 +41,7 @@ def make_conditioner(config: TrainConfig, flow: FlowConfig, stored: TextStates |
         return Labels(flow.classes)
     if not flow.text_length:
         return Unconditional()
-    if config.text_encoder is None:
-        raise ConfigError(f"preset {config.preset} reads text; set text_encoder, for example text_encoder=minilm")
+    assert config.text_encoder is not None  # training/architecture.py has seen to that
     shape = (flow.text_length, flow.text_width)
     if stored and stored.encoder.name == config.text_encoder and tuple(stored.spec.shape[1:]) == shape:
         return StoredText(config, stored, shape)

@@ -213,6 +213,11 @@ class Loop:
             return
         began = time.perf_counter()
         bits = held_out_bits(self.engine, self.maker, self.reader.held_out_side(), config, self.beat)
+        if bits is not None and not math.isfinite(bits) and self.state.skipped_in_a_row:
+            raise TrainingDivergedError(
+                f"neither the batch nor the held-out likelihood of step {step} is finite: the weights have diverged; "
+                f"lower learning_rate (now {config.learning_rate:g}) under another run name"
+            )
         self.state.held_out_bits = bits
         if bits is not None:
             values |= {"held_out_bits_per_dim": bits, "validation_seconds": time.perf_counter() - began}

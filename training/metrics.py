@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from starflow.console import console
+from starflow.errors import ConfigError
 from training.config import TrainConfig
 
 Number = int | float
@@ -83,11 +84,20 @@ class _WeightsAndBiases:
     """The same numbers in a W&B run that bears the run's name; W&B drops steps it already has."""
 
     def __init__(self, config: TrainConfig) -> None:
-        import wandb
-
-        self._run = wandb.init(
-            project=config.wandb_project, id=config.run, resume="allow", config=config.model_dump(mode="json")
-        )
+        try:
+            import wandb
+        except ModuleNotFoundError as error:
+            raise ConfigError(
+                f"wandb_project={config.wandb_project} needs the package wandb; pip install -e '.[tracking]'"
+            ) from error
+        try:
+            self._run = wandb.init(
+                project=config.wandb_project, id=config.run, resume="allow", config=config.model_dump(mode="json")
+            )
+        except wandb.errors.UsageError as error:
+            raise ConfigError(
+                f"W&B refuses wandb_project={config.wandb_project}: {error}; set WANDB_API_KEY, or WANDB_MODE=offline"
+            ) from error
 
     def write(self, line: Mapping[str, Any]) -> None:
         self._run.log({k: v for k, v in line.items() if k != "step" and v is not None}, step=line["step"])

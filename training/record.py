@@ -9,7 +9,7 @@ from starflow.checkpoints import list_steps
 from starflow.errors import AlreadyExistsError, ConfigError
 from starflow.objectstore import ObjectStore
 from starflow.snapshots import load_snapshot
-from training.architecture import architecture, check_data
+from training.architecture import check
 from training.config import RESUMABLE, TrainConfig
 from training.lease import Lease, LeaseHeldError
 from training.processes import identity
@@ -50,9 +50,7 @@ def list_samples(store: ObjectStore, run: str) -> list[str]:
 
 def _checked(store: ObjectStore, config: TrainConfig) -> TrainConfig:
     """With its snapshot fixed, which the model fits."""
-    flow = architecture(config)
-    snapshot = load_snapshot(store, config.snapshot)
-    check_data(flow, snapshot, config.preset)
+    _, snapshot = check(store, config)
     return config.model_copy(update={"snapshot": snapshot.id})
 
 

@@ -9,14 +9,17 @@ from starflow.objectstore import ObjectStore
 
 
 def kept(held_out: Mapping[int, float | None], keep_newest: int, keep_every: int | None) -> set[int]:
-    """Steps that stay: the newest ones, every so manieth, and the best by held-out bits per dimension."""
+    """Steps that stay: the newest ones, every so manieth, and the best by held-out bits per dimension.
+
+    A checkpoint between two validations carries the value of the earlier one: the first with it is the best.
+    """
     steps = sorted(held_out)
     keep = set(steps[-keep_newest:])
     if keep_every is not None:
         keep |= {step for step in steps if step % keep_every == 0}
     measured = {step: value for step, value in held_out.items() if value is not None}
     if measured:
-        keep.add(min(measured, key=lambda step: (measured[step], -step)))
+        keep.add(min(measured, key=lambda step: (measured[step], step)))
     return keep
 
 

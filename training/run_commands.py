@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 runs = typer.Typer(help="List, show and compare training runs.", no_args_is_help=True)
-Store = Annotated[str, typer.Option(help="Object store: s3://bucket/prefix or a folder.")]
+Store = Annotated[str, typer.Option(help="Object store: s3://bucket/prefix or a folder.", envvar="STARFLOW_STORE")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 
 
@@ -24,20 +24,21 @@ def list_(store: Store, as_json: AsJson = False) -> None:
         print_json(found)
         return
     for run in found:
-        print(f"{run['run']:24} {run['state']:10} step {run['step']} of {run['steps']}  preset {run['preset']}")
+        done = "no checkpoint" if run["step"] is None else f"step {run['step']}"
+        print(f"{run['run']:24} {run['state']:10} {done} of {run['steps']}  preset {run['preset']}")
 
 
 @runs.command()
 def show(run: str, store: Store, as_json: AsJson = False) -> None:
     """State, last committed step, events and metrics of a run."""
-    from starflow.console import print_json
+    from starflow.console import print_json, show_value
 
     found = describe_run(store, run)
     if as_json:
         print_json(found)
         return
     for key in ("run", "state", "step", "steps", "preset", "snapshot", "restarts", "held_out_bits_per_dim", "metrics"):
-        print(f"{key:22} {found[key]}")
+        print(f"{key:22} {show_value(found[key])}")
     for key in found["sample_grids"][-1:]:
         print(f"{'newest samples':22} {found['store']}/{key}")
     for event in found["events"]:
@@ -52,7 +53,7 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Curves of several runs in one picture, and where their configurations differ."""
-    from starflow.console import print_json
+    from starflow.console import print_json, show_value
     from starflow.objectstore import open_store
     from training.curves import compare_configs, draw_curves
 
@@ -67,7 +68,8 @@ def compare(
         print_json(answer | {"picture": str(out)})
         return
     for name, values in answer["runs"].items():
-        print(f"{name:24} {values['state']:10} step {values['step']}  held out {values['held_out_bits_per_dim']}")
+        bits = values["held_out_bits_per_dim"]
+        print(f"{name:24} {values['state']:10} step {values['step']}  held out {show_value(bits)}")
     for key, values in answer["differences"].items():
         print(f"{key}: " + ", ".join(f"{name}={value}" for name, value in values.items()))
     print(out)

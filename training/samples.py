@@ -102,6 +102,9 @@ class SampleGrids:
             log.warning("no pictures of step %d: %s", step, error)
             return None
         whole = torch.cat([part for part in latents if part is not None])
+        if not whole.isfinite().all():
+            log.warning("no pictures of step %d: the flow draws latents that are not finite", step)
+            return None
         pixels = to_pixels(self._vae.decode(whole.to(self._engine.device)))
         scale = max(1, SHOWN_WIDTH // pixels.shape[2])
         picture = picture_grid(list(pixels), self._captions, min(8, len(pixels)), scale)

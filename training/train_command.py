@@ -75,23 +75,26 @@ def _show_plan(settings: Any, machine: str | None, as_json: bool) -> None:
 
 
 def dry_run_plan(settings: Any, machine: str | None = None) -> dict[str, Any]:
-    """Resolved configuration, size, memory per rank, work, and whether the store answers; starts nothing.
+    """Resolved configuration, where it would begin, size, memory per rank, work; starts nothing.
 
-    machine: kind of machine in the price table, for time and cost.
+    machine: kind of machine in the price table, for time and cost. Raises what the run itself would raise for its
+    data, its first weights, another configuration than the run was started with, or a store that cannot be written.
     """
     from uuid import uuid4
 
+    from starflow.checkpoints import list_steps
     from starflow.flops import parameters as count_parameters
     from starflow.flops import training_flops
     from starflow.objectstore import open_store
-    from starflow.snapshots import load_snapshot
-    from training.architecture import architecture, check_data
+    from training.architecture import check
     from training.estimate import memory_per_rank, time_and_cost
+    from training.record import adopt
 
-    flow = architecture(settings)
     store = open_store(settings.store)
-    snapshot = load_snapshot(store, settings.snapshot)
-    check_data(flow, snapshot, settings.preset)
+    steps = list_steps(store, settings.run)
+    if steps:
+        settings = adopt(store, settings)
+    flow, snapshot = check(store, settings)
     probe = f"probes/{uuid4().hex}"
     store.write(probe, b"can be written")
     store.delete([probe])
@@ -100,6 +103,7 @@ def dry_run_plan(settings: Any, machine: str | None = None) -> dict[str, Any]:
     flops = training_flops(flow) * settings.global_batch_size * settings.steps
     plan: dict[str, Any] = {
         "config": settings.model_dump(mode="json"),
+        "begins": _beginning(settings, steps),
         "snapshot": snapshot.id,
         "samples_in_snapshot": snapshot.counts.total,
         "epochs": round(settings.steps * settings.global_batch_size / snapshot.counts.total, 3),
@@ -110,3 +114,10 @@ def dry_run_plan(settings: Any, machine: str | None = None) -> dict[str, Any]:
         "store_writable": True,
     }
     return plan | time_and_cost(flops, settings.ranks, settings.peak_tflops, machine)
+
+
+def _beginning(settings: Any, steps: list[int]) -> str:
+    """Where the run would begin, in words."""
+    if not steps:
+        return f"a new run, from the weights of {settings.init_from}" if settings.init_from else "a new run"
+    return "complete: nothing is left to do" if steps[-1] >= settings.steps else f"resumes from step {steps[-1]}"

@@ -7,7 +7,7 @@ import json
 import pytest
 from PIL import Image
 
-from starflow.errors import NotFoundError
+from starflow.errors import ConfigError, NotFoundError
 from starflow.objectstore import open_store
 from training.checkpoint_commands import list_ as list_checkpoints
 from training.record import resolve
@@ -20,7 +20,8 @@ def test_runs_list_skips_what_is_no_run(make_config, store, capsys):
     resolve(store, make_config())
     store.write("runs/x/lease.json", b"{}")
     list_runs(store.url)
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["test"]
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.split() == ["test", "interrupted", "no", "checkpoint", "of", "6", "preset", "tiny"]
 
 
 def test_dry_run_leaves_no_run(make_config, store):
@@ -32,6 +33,19 @@ def test_dry_run_leaves_no_run(make_config, store):
         assert dry_run_plan(make_config())["store_writable"]
     assert not [key for key in written if key.startswith("runs/")]
     assert {info.key for info in store.list()} == before
+
+
+def test_dry_run_says_where_it_would_begin_and_refuses_what_the_run_would(make_config, store):
+    config = make_config()
+    assert dry_run_plan(config)["begins"] == "a new run"
+    resolve(store, config)
+    store.write("runs/test/checkpoints/000000004.json", b"")
+    assert dry_run_plan(config)["begins"] == "resumes from step 4"
+    assert dry_run_plan(make_config(steps=4))["begins"] == "complete: nothing is left to do"
+    with pytest.raises(ConfigError, match="was started with seed=0"):
+        dry_run_plan(make_config(seed=1))
+    with pytest.raises(ConfigError, match="cannot start from"):
+        dry_run_plan(make_config(run="other", init_from=f"{store.url}/nope"))
 
 
 def test_checkpoints_list(make_config, store, tmp_path, capsys):

@@ -135,6 +135,16 @@ def test_what_is_not_finite_is_skipped_counted_and_finally_fatal(make_loop):
     assert {name in {identity[:12] for identity in ids} for name in named} == {True}
 
 
+def test_weights_that_have_diverged_end_the_run_before_the_limit_of_skipped_batches(make_loop):
+    class Diverged(FakeEngine):
+        def evaluate(self, latents, condition):
+            return torch.full((len(latents),), math.nan)
+
+    with pytest.raises(TrainingDivergedError, match=r"step 3 is finite.*lower learning_rate"):
+        make_loop(Diverged(losses=[math.nan] * 9), steps=9).run()
+    assert make_loop(Diverged(), steps=3).run()  # a held-out sample alone ends nothing
+
+
 def test_spikes_are_known_by_the_usual_norm(make_loop):
     loop = make_loop(FakeEngine(norms=[1.0] * 55 + [30.0]), steps=60, checkpoint_every=60)
     loop.run()

@@ -9,6 +9,7 @@ import types
 import pytest
 from PIL import Image
 
+from starflow.errors import ConfigError
 from training import metrics
 from training.metrics import MetricsLog, ProgressLine, read_metrics
 
@@ -110,3 +111,20 @@ def test_a_metrics_file_is_json_lines(make_config):
     log.write({"step": 1, "loss": float("inf")})
     log.close()
     assert json.loads(log.path.read_text()) == {"step": 1, "loss": None}
+
+
+def test_wandb_that_refuses_is_said_once_and_for_all(make_config, monkeypatch):
+    from wandb.errors import UsageError
+
+    class Refusing(FakeWandb):
+        errors = types.SimpleNamespace(UsageError=UsageError)
+
+        def init(self, **arguments):
+            raise UsageError("No API key configured.")
+
+    monkeypatch.setitem(sys.modules, "wandb", Refusing())
+    with pytest.raises(ConfigError, match=r"wandb_project=project: No API key.*WANDB_MODE=offline"):
+        MetricsLog(make_config(wandb_project="project"))
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ConfigError, match=r"needs the package wandb"):
+        MetricsLog(make_config(wandb_project="project"))
