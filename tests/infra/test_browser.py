@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import signal
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,10 +23,12 @@ from tests.infra.small_work import (
     SMALL_RUN,
     at_work_on,
     committed_steps,
+    process_of,
     serve_pictures,
     training_on_publish,
     training_started_by,
     wait_for,
+    wait_for_reschedule,
     wait_for_state,
 )
 
@@ -43,7 +46,7 @@ def test_a_day_in_the_ui(stack: LocalStack, s3_url: str, tmp_path: Path) -> None
 def a_day(ui: PrefectUI, stack: LocalStack, store: str, work: Path) -> None:
     """Turns the nightly schedule on and off, refreshes, watches, stops and resumes the training that follows."""
     api = PrefectAPI(stack.state.env["PREFECT_API_URL"])
-    with schedule_off_afterwards(api):
+    with nightly_put_back_afterwards(api):
         the_jobs(ui, api, stack, store, work)
     assert ui.strangers == set(), "the UI asks nobody but this server"
 
@@ -60,20 +63,28 @@ def the_jobs(ui: PrefectUI, api: PrefectAPI, stack: LocalStack, store: str, work
 
 
 @contextmanager
-def schedule_off_afterwards(api: PrefectAPI) -> Iterator[None]:
+def nightly_put_back_afterwards(api: PrefectAPI) -> Iterator[None]:
     """Also when the test has failed: other tests use the same server."""
+    deployment = api.get("/deployments/name/refresh/refresh-nightly")
+    path = f"/deployments/{deployment['id']}"
     try:
         yield
     finally:
-        deployment = api.get("/deployments/name/refresh/refresh-nightly")
-        schedule = deployment["schedules"][0]["id"]
-        api.patch(f"/deployments/{deployment['id']}/schedules/{schedule}", {"active": False})
+        api.patch(path, {"parameters": deployment["parameters"]})
+        api.patch(f"{path}/schedules/{deployment['schedules'][0]['id']}", {"active": False})
 
 
 def turn_the_schedule_on(ui: PrefectUI, api: PrefectAPI) -> None:
+    """With the list that it is to refresh from, as its deployment's page says."""
     ui.open_deployment("refresh-nightly")
+    ui.edit_deployment()
+    ui.fill("URL list", "s3://my-bucket/urls.parquet")
+    ui.shoot("edit")
+    ui.save()
     ui.toggle_schedule()
-    deployment = api.get("/deployments/name/refresh/refresh-nightly")["id"]
+    found = api.get("/deployments/name/refresh/refresh-nightly")
+    assert found["parameters"]["urls"] == "s3://my-bucket/urls.parquet"
+    deployment = found["id"]
     wanted = {"deployments": {"id": {"any_": [deployment]}}, "flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}}}
     wait_for("runs of the schedule", lambda: api.post("/flow_runs/count", wanted), 60)
     ui.tab("Upcoming")
@@ -95,19 +106,20 @@ def refresh_by_form(ui: PrefectUI, api: PrefectAPI, store: str, urls: Path) -> N
     """A bad value is refused in the form; corrected, the run shows its graph and its pictures."""
     ui.open_deployment("refresh-now")
     ui.custom_run()
+    ui.fill("URL list", "s3://my-bucket/urls.parquet")
+    ui.shoot("form")
     ui.fill("URL list", str(urls))
     ui.fill("Store", store)
     ui.add("Own hosts", "127.0.0.1")
-    ui.fill("Encode actors", "1")
+    ui.fill("Ray actors", "1")
     ui.fill("Image size", "1")
     form = ui.page.url
     ui.submit()
     ui.page.get_by_text("1 is less than the minimum of 8").first.wait_for()
     assert ui.page.url == form
+    ui.field("Image size").scroll_into_view_if_needed()
     ui.shoot("refused")
     ui.fill("Image size", "32")
-    ui.page.locator(".schema-form-property").first.scroll_into_view_if_needed()
-    ui.shoot("form")
     ui.submit()
     flow_run = wait_for("the refresh", lambda: run_on(api, "refresh/refresh-now", store), 60)
     wait_for_state(api, flow_run, "Completed", 600)
@@ -128,7 +140,7 @@ def run_on(api: PrefectAPI, deployment: str, store: str) -> str:
 
 
 def stop_and_resume(ui: PrefectUI, api: PrefectAPI, stack: LocalStack, store: str) -> None:
-    """The training that the snapshot has started is cancelled at its first checkpoint, then goes on to its end."""
+    """The training that the snapshot has started is cancelled at a checkpoint, retried, killed, and completes."""
     opened = open_store(store)
     snapshot = load_snapshot(opened).id
     flow_run, run = training_started_by(api, snapshot)["id"], f"on-{snapshot[:12]}"
@@ -146,6 +158,10 @@ def stop_and_resume(ui: PrefectUI, api: PrefectAPI, stack: LocalStack, store: st
     ui.shoot("resume")
     ui.open_run(flow_run)
     ui.retry()
+    wait_for("a later checkpoint", lambda: list_steps(opened, run)[-1] > stopped_at, 300)
+    process_of(stack, flow_run).send_signal(signal.SIGKILL)
+    ui.page.get_by_text("Crashed").first.wait_for()
+    wait_for_reschedule(api, flow_run)
     wait_for_state(api, flow_run, "Completed", 600)
     assert committed_steps(store, run) == list(range(1, SMALL_RUN["steps"] + 1))
     for key in ("train-samples", "train-curves"):
