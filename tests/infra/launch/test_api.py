@@ -246,7 +246,7 @@ def test_kill_stop_and_resume(make_config: Make, store: ObjectStore, tmp_path: P
 @pytest.mark.slow
 def test_several_machines_on_this_one(make_config: Make, store: ObjectStore) -> None:
     """Two supervisors on loopback; one is killed, the other goes on alone to the end."""
-    config = make_config(steps=300, checkpoint_every=20, validation_every=300, ranks=1)
+    config = make_config(steps=300, checkpoint_every=20, validation_every=300, ranks=2)
     launch = submit(config, LaunchConfig(nodes=2, patience=1))
     try:
         assert wait_until(lambda: (status(launch)["step"] or 0) >= 20, seconds=100)
