@@ -127,7 +127,7 @@ def published_events(api: PrefectAPI, store: str) -> list[dict[str, Any]]:
     return [event["payload"] for event in api.post("/events/filter", wanted)["events"]]
 
 
-def wait_for_reschedule(api: PrefectAPI, run_id: str, seconds: float = 120) -> None:
+def wait_for_reschedule(api: PrefectAPI, run_id: str, seconds: float = 240) -> None:
     """Until the run is no longer in the state in which it ended."""
     wait_for("the automatic reschedule", lambda: state_of(api, run_id)["type"] not in FINAL, seconds)
 
