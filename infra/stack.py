@@ -255,10 +255,10 @@ class LocalStack:
                 )
 
     def _make_bucket(self) -> None:
-        """Makes the bucket by a first write, in a child, so that this process's AWS settings stay as they are."""
+        """Makes the bucket and writes to it, in a child, so that this process's AWS settings stay as they are."""
         code = (
             f"from starflow.objectstore import open_store; store = open_store({self.state.store!r}); "
-            "store.write('.ready', b''); store.delete(['.ready'])"
+            "store.create_bucket(); store.write('.ready', b''); store.delete(['.ready'])"
         )
         finished = subprocess.run(
             [sys.executable, "-c", code], env={**os.environ, **self.state.env}, capture_output=True, text=True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import logging
 import os
 import random
 import time
@@ -27,6 +28,8 @@ STREAM_BYTES, BLOCK_BYTES = 256 * 2**20, 2**18
 #: How long an S3 operation is retried before it fails for good, in seconds: short until the store has
 #: answered once, because then the endpoint is more likely wrong than briefly down.
 FIRST_DEADLINE_SECONDS, DEADLINE_SECONDS = 10.0, 120.0
+#: Retries that take longer than this are told of.
+SILENT_SECONDS = 5.0
 #: What a server says when bytes changed on their way to it.
 DAMAGED_CODES = frozenset(("BadDigest", "XAmzContentChecksumMismatch", "XAmzContentSHA256Mismatch"))
 
@@ -40,7 +43,7 @@ class S3Store(ObjectStore):
         self.bucket, self.prefix, self.patience = bucket, f"{prefix}/" if prefix else "", patience
         self.url = f"s3://{bucket}/{prefix}".rstrip("/")
         self._clients_of: tuple[int, _Clients] | None = None
-        self._answered = False
+        self._answered = self._has_bucket = False
 
     @property
     def client(self) -> Any:
@@ -73,6 +76,7 @@ class S3Store(ObjectStore):
 
     def write(self, key: str, data: bytes | memoryview) -> None:
         if len(data) > MULTIPART_BYTES:
+            self._require_bucket()
             self._retry("write", key, lambda: self._transfer_up(key, _MemoryFile(data)), len(data))
         else:
             self._put(key, data)
@@ -151,6 +155,8 @@ class S3Store(ObjectStore):
             self._retry("abort the upload of", name.removeprefix(self.prefix), call)
 
     def upload(self, key: str, path: Path) -> None:
+        self._require_bucket()
+
         def transfer() -> None:
             with path.open("rb") as file:
                 self._transfer_up(key, file)
@@ -166,8 +172,30 @@ class S3Store(ObjectStore):
         finally:
             unfinished.unlink(missing_ok=True)
 
+    def _require_bucket(self) -> None:
+        """Raises NotFoundError for a bucket that is not there: some servers would make one of a misspelt name."""
+        if self._has_bucket:
+            return
+        try:
+            self._retry("look up", "", lambda: self.client.head_bucket(Bucket=self.bucket))
+        except UnavailableError:
+            raise
+        except NotFoundError as error:
+            raise NotFoundError(f"bucket {self.bucket} does not exist; create it or correct the store URL") from error
+        except StoreError:
+            pass  # who may write need not be allowed to ask
+        self._has_bucket = True
+
+    def create_bucket(self) -> None:
+        """Makes the bucket, unless it is there: for a server of one's own."""
+        try:
+            self._require_bucket()
+        except NotFoundError:
+            self._retry("make the bucket of", "", lambda: self.client.create_bucket(Bucket=self.bucket))
+
     def _put(self, key: str, data: bytes | memoryview, **conditions: str) -> None:
         body = bytes(data)
+        self._require_bucket()
         self._retry(
             "write",
             key,
@@ -214,7 +242,7 @@ class S3Store(ObjectStore):
             PartialCredentialsError,
         )
 
-        started, attempt = time.monotonic(), 0
+        started, attempt, said = time.monotonic(), 0, False
         while True:
             attempt += 1
             try:
@@ -235,6 +263,12 @@ class S3Store(ObjectStore):
                         f"cannot {operation} {self.url}/{key}{amount} after {attempt} attempts in {elapsed:.0f} s: "
                         f"{error}; check that the endpoint {self.client.meta.endpoint_url} is up"
                     ) from error
+                if elapsed > SILENT_SECONDS and not said:
+                    said = True
+                    logging.getLogger(__name__).warning(
+                        "%s does not answer (%s %s: %s); trying again for %.0f s", self.url, operation, key, error,
+                        deadline - elapsed,
+                    )  # fmt: skip
                 time.sleep(min(0.5 * 2**attempt, self.patience or 10.0, 10.0) * random.uniform(0.5, 1.0))
 
     def _raise_if_final(self, key: str, error: Exception) -> None:

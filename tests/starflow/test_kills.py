@@ -28,9 +28,9 @@ def parts(store: LocalStore, *starts: int) -> list[Part]:
     return [make_part(store, start, 20)[0] for start in starts]
 
 
-def gone(store: LocalStore) -> bool:
-    """Whether no byte is left of sample 17."""
-    _, mean, text = make_part(LocalStore(store.root.parent / "other"), 0, 20)
+def gone(store: LocalStore, count: int = 20) -> bool:
+    """Whether no byte is left of sample 17 of the part that begins with 0 and has `count` samples."""
+    _, mean, text = make_part(LocalStore(store.root.parent / "other"), 0, count)
     found = stored_bytes(store)
     return not any(trace in found for trace in (mean[17].tobytes(), text[17].tobytes(), f"'{name(17)}'".encode()))
 

@@ -191,3 +191,38 @@ def test_a_byte_flipped_on_its_way_down_is_downloaded_again(
         assert store.download("k", tmp_path / "file") == hashlib.sha256(b"content" * 1000).hexdigest()
         assert sum(request.startswith("GET ") for request in proxy.requests) == 2
     assert (tmp_path / "file").read_bytes() == b"content" * 1000
+
+
+def test_a_misspelt_bucket_is_not_made(s3_url: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"x")
+    store = open_store("s3://misspelt/x")
+    assert isinstance(store, s3store.S3Store)
+    for write in (
+        lambda: store.write("k", b"x"),
+        lambda: store.create("k", b"x"),
+        lambda: store.upload("k", tmp_path / "file"),
+    ):
+        with pytest.raises(NotFoundError, match="bucket misspelt does not exist; create it or correct"):
+            write()
+    assert "misspelt" not in [bucket["Name"] for bucket in store.client.list_buckets()["Buckets"]]
+    store.create_bucket()
+    store.create_bucket()
+    store.write("k", b"x")
+    store.client.delete_object(Bucket="misspelt", Key="x/k")
+    store.client.delete_bucket(Bucket="misspelt")
+
+
+def test_a_store_that_does_not_answer_is_said(
+    s3_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(s3store, "SILENT_SECONDS", 0.0)
+    monkeypatch.setattr(s3store, "FIRST_DEADLINE_SECONDS", 60.0)
+    monkeypatch.setattr(s3store.random, "uniform", lambda low, high: 0.01)
+    with FaultyS3(os.environ["AWS_ENDPOINT_URL"]) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        store = open_store(s3_url)
+        proxy.only, proxy.count = "^GET ", 5
+        proxy.mode = "503"
+        assert list(store.list()) == []
+    assert [record.message for record in caplog.records if "does not answer (list" in record.message] != []
+    assert len(caplog.records) == 1
