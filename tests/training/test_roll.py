@@ -49,7 +49,7 @@ def test_a_machine_is_there_until_it_falls_silent_or_leaves(tmp_path, clock):
     assert watch(clock, mine, 5) == [0]
 
 
-@pytest.mark.parametrize("mode", ["down", "hang", "503"])
+@pytest.mark.parametrize("mode", ["down", "hang"])
 def test_a_store_that_is_away_longer_than_the_lease_ends_nothing(s3_url, monkeypatch, clock, mode):
     with FaultyS3(os.environ["AWS_ENDPOINT_URL"]) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
