@@ -50,7 +50,7 @@ def _show(plan: Plan) -> None:
         table.add_row(stage.name, f"{stage.machines} {stage.machine}", rate, *hours, f"{stage.dollars:,.0f}")
     out.print(table)
     stored = ", ".join(f"{name} {size / 1e12:,.2f} TB" for name, size in plan.storage_bytes.items())
-    out.print(f"storage: {stored}; {plan.storage_dollars:,.0f} dollars for {plan.config.months:g} months")
+    out.print(f"storage: {stored}; {plan.storage_dollars:,.0f} dollars for {plan.config.months:g} month(s)")
     puts, gets = (sum(getattr(stage, kind) for stage in plan.stages) for kind in ("puts", "gets"))
     out.print(f"requests: {puts:,} that write, at most {gets:,} that read; {plan.request_dollars:,.0f} dollars")
     out.print(f"NAT gateway for what is fetched: {plan.gateway_dollars:,.0f} dollars")

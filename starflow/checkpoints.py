@@ -264,6 +264,9 @@ def parse_checkpoint(uri: str) -> tuple[str, str, int | Literal["newest"]]:
     """Store, run and step of ``STORE/RUN`` or ``STORE/RUN@STEP``. Raises ConfigError for another form."""
     store, _, name = uri.rstrip("/").rpartition("/")
     run, at, step = name.partition("@")
-    if not store or not run or (at and step != "newest" and not step.isdigit()):
-        raise ConfigError(f"checkpoint {uri!r} is not STORE/RUN or STORE/RUN@STEP, for example s3://starflow/emoji@300")
+    if not store or store.endswith(":/") or not run or (at and step != "newest" and not step.isdigit()):
+        raise ConfigError(
+            f"checkpoint {uri!r} is neither STORE/RUN or STORE/RUN@STEP, for example s3://starflow/emoji@300, nor the "
+            "folder of an exported model"
+        )
     return store, run, int(step) if step.isdigit() else "newest"

@@ -292,6 +292,7 @@ def _open(checkpoint: str, device: str, decoder: str = "none") -> Generator:
     here += [f"cuda:{number}" for number in range(torch.cuda.device_count())]
     if device not in here:
         raise ConfigError(f"--device {device} does not exist here; choose one of {', '.join(here)}")
+    console.print(f"loading {checkpoint}", highlight=False)
     return Generator.open(checkpoint, device, torch.float32 if device == "cpu" else torch.bfloat16, decoder)
 
 
@@ -360,6 +361,8 @@ def _progress(what: str, total: int) -> Iterator[Progress]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    if not console.is_terminal:  # no bar in a log file
+        console.print(f"{what} {total} tokens")
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(f"{what}, tokens", total=total)
         yield lambda tokens: bar.advance(task, tokens)

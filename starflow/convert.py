@@ -136,14 +136,18 @@ def read_released(path: Path) -> dict[str, Tensor]:
     """Memory-maps a released `.pth` (never unpickling code) or `.safetensors` state dict."""
     if not path.is_file():
         raise WeightsError(f"weights file {path} does not exist; check the path")
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
 
-        return load_file(path)
     try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, ValueError, OSError, EOFError, pickle.UnpicklingError) as error:
-        raise WeightsError(f"weights file {path} cannot be read as a state dict: {error}") from error
+    except (SafetensorError, RuntimeError, ValueError, OSError, EOFError, pickle.UnpicklingError) as error:
+        raise WeightsError(
+            f"weights file {path} is not what torch.save or safetensors writes, or is cut short; give the released "
+            ".pth, or a .safetensors file"
+        ) from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise WeightsError(f"weights file {path} does not hold a flat state dict of tensors")
     return state

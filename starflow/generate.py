@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from starflow import likelihood
-from starflow.checkpoints import TrainedInfo, load_checkpoint
+from starflow.checkpoints import TrainedInfo, load_checkpoint, parse_checkpoint
 from starflow.convert import build, read_model
 from starflow.decoders import choose_decoder
 from starflow.decoding import Jacobi, Progress
@@ -127,15 +127,8 @@ class Generator:
         """Loads `STORE/RUN`, `STORE/RUN@STEP` or a model folder. Raises ConfigError for another form."""
         if (Path(checkpoint) / "config.json").is_file():
             return cls.from_folder(Path(checkpoint), device, dtype, decoder=decoder)
-        store, _, name = checkpoint.rstrip("/").rpartition("/")
-        run, at, step = name.partition("@")
-        if not store or not run or (at and step != "newest" and not step.isdigit()):
-            raise ConfigError(
-                f"checkpoint {checkpoint!r} is not STORE/RUN, STORE/RUN@STEP or a model folder, "
-                "for example s3://starflow/emoji@300"
-            )
-        at_step: int | Literal["newest"] = int(step) if step.isdigit() else "newest"
-        return cls.from_checkpoint(store, run, at_step, device=device, dtype=dtype, decoder=decoder)
+        store, run, step = parse_checkpoint(checkpoint)
+        return cls.from_checkpoint(store, run, step, device=device, dtype=dtype, decoder=decoder)
 
     @classmethod
     def _assemble(

@@ -49,7 +49,10 @@ def _read(architecture: Path, vectors: Path) -> tuple[dict[str, Any], dict[str, 
     try:
         return json.loads(architecture.read_text(encoding="utf-8")), load_file(vectors)
     except (OSError, ValueError, SafetensorError) as error:
-        raise WeightsError(f"cannot read {architecture} and {vectors}: {error}") from error
+        raise WeightsError(
+            f"cannot read {architecture} and {vectors}: {error}; give the common beginning of such files, for example "
+            "tests/vectors/tiny_square"
+        ) from error
 
 
 def _forward_errors(model: STARFlow, vectors: dict[str, Tensor]) -> dict[str, float]:

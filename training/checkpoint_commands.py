@@ -89,6 +89,7 @@ def prune(
     store: Store,
     keep_newest: Annotated[int, typer.Option(min=1, help="Newest checkpoints that stay.")] = 3,
     keep_every: Annotated[int | None, typer.Option(min=1, help="Steps divisible by this stay.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say which would be deleted.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Delete old checkpoints; the best by held-out bits per dimension stays, too."""
@@ -98,11 +99,13 @@ def prune(
     from training.retention import prune as delete
 
     opened = open_store(store)
-    gone = delete(opened, run, keep_newest, keep_every)
+    before = list_steps(opened, run)
+    gone = delete(opened, run, keep_newest, keep_every, dry_run)
+    kept = [step for step in before if step not in gone]
     if as_json:
-        print_json({"deleted": gone, "kept": list_steps(opened, run)})
+        print_json({"deleted": gone, "kept": kept, "dry_run": dry_run})
         return
-    print(f"deleted {gone or 'nothing'}, kept {list_steps(opened, run)}")
+    print(f"{'would delete' if dry_run else 'deleted'} {gone or 'nothing'}, keep {kept}")
 
 
 def _load(store: str, run: str, step: int | None) -> Any:

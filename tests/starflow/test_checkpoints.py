@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save
 
 from starflow import manifest
-from starflow.checkpoints import list_runs, load_manifest
-from starflow.errors import NotFoundError
+from starflow.checkpoints import list_runs, load_manifest, parse_checkpoint
+from starflow.errors import ConfigError, NotFoundError
 from starflow.objectstore import open_store
 
 
@@ -25,6 +25,8 @@ def test_runs_are_folders_with_a_run_json(tmp_path: Path) -> None:
 
 def test_an_unknown_checkpoint_names_what_there_is(tmp_path: Path) -> None:
     store = open_store(str(tmp_path))
+    with pytest.raises(ConfigError, match=r"s3://bucket' is neither STORE/RUN"):
+        parse_checkpoint("s3://bucket")
     with pytest.raises(NotFoundError, match=r"holds no runs.*STORE/RUN@STEP"):
         load_manifest(store, "a")
     store.write("runs/b/run.json", b"{}")

@@ -99,8 +99,10 @@ def test_unusable_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"missing\.pth does not exist"):
         load_released(tmp_path / "missing.pth", TEXT)
     (tmp_path / "noise.pth").write_bytes(b"not a state dict")
-    with pytest.raises(WeightsError, match=r"noise\.pth"):
-        load_released(tmp_path / "noise.pth", TEXT)
+    (tmp_path / "noise.safetensors").write_bytes(b"nor this")
+    for name in ("noise.pth", "noise.safetensors"):
+        with pytest.raises(WeightsError, match=rf"{name} is not what torch\.save or safetensors writes"):
+            load_released(tmp_path / name, TEXT)
     torch.save({"weights": [1, 2]}, tmp_path / "nested.pth")
     with pytest.raises(WeightsError, match="flat state dict"):
         load_released(tmp_path / "nested.pth", TEXT)

@@ -10,6 +10,7 @@ from PIL import Image
 from starflow.errors import ConfigError, NotFoundError
 from starflow.objectstore import open_store
 from training.checkpoint_commands import list_ as list_checkpoints
+from training.checkpoint_commands import prune
 from training.record import resolve
 from training.run_commands import compare, describe_run, show
 from training.run_commands import list_ as list_runs
@@ -80,3 +81,13 @@ def test_show_names_the_newest_pictures(make_config, store, capsys):
     assert describe_run(store.url, "test")["sample_grids"][-1] == "runs/test/samples/000000004.png"
     show("test", store.url)
     assert f"{store.url}/runs/test/samples/000000004.png" in capsys.readouterr().out
+
+
+def test_prune_may_only_say_what_would_go(make_config, store, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr("training.retention.prune", lambda *args: asked.append(args[1:]) or [2])
+    for step in (2, 4):
+        store.write(f"runs/test/checkpoints/{step:09d}.json", b"")
+    prune("test", store.url, keep_newest=1, keep_every=None, dry_run=True)
+    assert capsys.readouterr().out == "would delete [2], keep [4]\n"
+    assert asked == [("test", 1, None, True)]
