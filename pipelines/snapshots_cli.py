@@ -33,6 +33,9 @@ def list_(store: StoreOption, json: JsonOption = False) -> None:
     if json:
         print_json([summary.model_dump(mode="json") for summary in summaries])
         return
+    if not summaries:
+        print(f"{store} holds no snapshot yet; publish one with starflow refresh")
+        return
     rows = [
         (s.id, s.created, f"{s.counts.added:,}", f"{s.counts.total:,}", f"{sum(s.dropped.values()):,}", s.vae.name)
         for s in summaries

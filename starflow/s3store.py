@@ -76,7 +76,7 @@ class S3Store(ObjectStore):
 
     def write(self, key: str, data: bytes | memoryview) -> None:
         if len(data) > MULTIPART_BYTES:
-            self._require_bucket()
+            self._require_bucket("write", key)
             self._retry("write", key, lambda: self._transfer_up(key, _MemoryFile(data)), len(data))
         else:
             self._put(key, data)
@@ -155,7 +155,7 @@ class S3Store(ObjectStore):
             self._retry("abort the upload of", name.removeprefix(self.prefix), call)
 
     def upload(self, key: str, path: Path) -> None:
-        self._require_bucket()
+        self._require_bucket("upload", key)
 
         def transfer() -> None:
             with path.open("rb") as file:
@@ -172,12 +172,15 @@ class S3Store(ObjectStore):
         finally:
             unfinished.unlink(missing_ok=True)
 
-    def _require_bucket(self) -> None:
-        """Raises NotFoundError for a bucket that is not there: some servers would make one of a misspelt name."""
+    def _require_bucket(self, operation: str, key: str) -> None:
+        """Before the first write: raises NotFoundError for a bucket that is not there.
+
+        Some servers would make one of a misspelt name.
+        """
         if self._has_bucket:
             return
         try:
-            self._retry("look up", "", lambda: self.client.head_bucket(Bucket=self.bucket))
+            self._retry(operation, key, lambda: self.client.head_bucket(Bucket=self.bucket))
         except UnavailableError:
             raise
         except NotFoundError as error:
@@ -189,13 +192,13 @@ class S3Store(ObjectStore):
     def create_bucket(self) -> None:
         """Makes the bucket, unless it is there: for a server of one's own."""
         try:
-            self._require_bucket()
+            self._require_bucket("write", "")
         except NotFoundError:
             self._retry("make the bucket of", "", lambda: self.client.create_bucket(Bucket=self.bucket))
 
     def _put(self, key: str, data: bytes | memoryview, **conditions: str) -> None:
         body = bytes(data)
-        self._require_bucket()
+        self._require_bucket("write", key)
         self._retry(
             "write",
             key,
