@@ -1,4 +1,4 @@
-"""A store as it is operated from Prefect, on the real server: the gate, other captions, cleaning up."""
+"""A store as it is operated from Prefect, on the real server: the gate, other captions, takedown, cleaning up."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 from infra.prefect_client import PrefectAPI, run_deployment, start_run
@@ -48,7 +49,10 @@ def test_a_store_is_operated(stack: LocalStack, api: PrefectAPI, s3_url: str, tm
         parameters = {"urls": str(urls), "store": s3_url, "allow_host": ["127.0.0.1"], "actors": 1}
         the_gate_refuses(api, parameters)
         a_person_refuses_then_publishes(api, parameters)
+        listed = pq.read_table(urls)["url"].to_pylist()
     other_captions(api, s3_url)
+    a_picture_is_taken_down(api, s3_url, listed[0])
+    a_snapshot_is_inspected(api, s3_url)
     old_snapshots_go(api, s3_url)
 
 
@@ -97,12 +101,31 @@ def other_captions(api: PrefectAPI, store: str) -> None:
     assert len(snapshot.parts[0].captions) == 2
 
 
+def a_picture_is_taken_down(api: PrefectAPI, store: str, url: str) -> None:
+    """First only counted, then done; in another spelling."""
+    parameters = {"store": store, "urls": [url.replace("http", "HTTP")], "dry_run": True}
+    assert run_deployment(api.url, "takedown/takedown", parameters, timeout=SECONDS)["removed"] == 1
+    assert len(list_snapshots(open_store(store))) == 2
+    answer = run_deployment(api.url, "takedown/takedown", parameters | {"dry_run": False}, timeout=SECONDS)
+    assert (answer["removed"], answer["total"]) == (1, 19)
+    page = artifacts_of(api, newest_run(api, "takedown/takedown"))
+    assert [row["samples"] for row in json.loads(page["takedown-rules"])] == [1]
+    assert "takedown-bytes" in page
+
+
+def a_snapshot_is_inspected(api: PrefectAPI, store: str) -> None:
+    answer = run_deployment(api.url, "inspect/inspect", {"store": store, "read": True, "pictures": 4}, timeout=SECONDS)
+    assert (answer["removed"], answer["pictures"], answer["problems"]) == (1, 4, 0)
+    page = artifacts_of(api, newest_run(api, "inspect/inspect"))
+    assert page["inspect-pictures"].startswith("data:image/png;base64,")
+
+
 def old_snapshots_go(api: PrefectAPI, store: str) -> None:
     """First only said, then done."""
     newest = load_snapshot(open_store(store)).id
     parameters = {"store": store, "keep_snapshots": 1, "grace_hours": 1, "dry_run": True}
-    assert run_deployment(api.url, "cleanup/cleanup", parameters, timeout=SECONDS)["snapshots"] == 1
-    assert len(list_snapshots(open_store(store))) == 2
+    assert run_deployment(api.url, "cleanup/cleanup", parameters, timeout=SECONDS)["snapshots"] == 2
+    assert len(list_snapshots(open_store(store))) == 3
     answer = run_deployment(api.url, "cleanup/cleanup", parameters | {"dry_run": False}, timeout=SECONDS)
-    assert (answer["snapshots"], answer["checkpoints"]) == (1, 0)
+    assert (answer["snapshots"], answer["checkpoints"]) == (2, 0)
     assert [summary.id for summary in list_snapshots(open_store(store))] == [newest]
