@@ -22,6 +22,8 @@ POSTGRES_IMAGE, POSTGRES_USER = "postgres:18.0-bookworm", 999
 #: The Ray cluster that flows encode on; KubeRay names its head service so.
 RAY_CLUSTER = "starflow"
 RAY_HEAD = f"{RAY_CLUSTER}-head-svc:6379"
+#: Class of the database's volume; the driver's own classes do not encrypt.
+STORAGE_CLASS = "starflow-encrypted"
 
 Manifest = dict[str, Any]
 
@@ -134,11 +136,21 @@ def _database(settings: ClusterSettings) -> list[Manifest]:
     claim = {
         "metadata": {"name": "data"},
         "spec": {
+            "storageClassName": STORAGE_CLASS,
             "accessModes": ["ReadWriteOnce"],
             "resources": {"requests": {"storage": f"{settings.database_gib}Gi"}},
         },
     }
+    disks = {
+        "apiVersion": "storage.k8s.io/v1",
+        "kind": "StorageClass",
+        "metadata": {"name": STORAGE_CLASS},
+        "provisioner": "ebs.csi.aws.com",
+        "parameters": {"type": "gp3", "encrypted": "true"},
+        "volumeBindingMode": "WaitForFirstConsumer",
+    }
     return [
+        disks,
         _service(settings, "prefect-database", 5432, clusterIP="None"),
         _workload(settings, "StatefulSet", "prefect-database", spec, serviceName="prefect-database",
                   volumeClaimTemplates=[claim]),

@@ -91,7 +91,6 @@ def aws_cluster(settings: ClusterSettings, network: RayNetwork) -> dict[str, Any
     head, worker = settings.services, settings.encode
     variables = {"AWS_REGION": settings.region, "STARFLOW_STORE": settings.store, "RAY_AUTH_MODE": "token"}
     start = "ulimit -n 65536; ray start"
-    login = f"aws ecr get-login-password --region {settings.region} | docker login -u AWS --password-stdin"
     return {
         "cluster_name": settings.name,
         "max_workers": worker.nodes,
@@ -111,7 +110,7 @@ def aws_cluster(settings: ClusterSettings, network: RayNetwork) -> dict[str, Any
             "run_options": [*(f"--env {name}={value}" for name, value in variables.items()), "--shm-size=4g"],
         },
         "file_mounts": {f"{HOME}/.ray/auth_token": "~/.ray/auth_token"},
-        "initialization_commands": [f"{login} {settings.registry}"] if settings.registry else [],
+        "initialization_commands": [settings.registry_login] if settings.registry_login else [],
         "head_node_type": "head",
         "available_node_types": {
             "head": {"resources": {"CPU": 0}, "node_config": _node(settings, head, network, "head"), "max_workers": 0},

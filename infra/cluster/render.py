@@ -114,10 +114,12 @@ def _next(settings: ClusterSettings) -> str:
         f"kubectl -n {space} create secret generic {name} --from-file={key}=/dev/stdin"
         for name, key in ((DATABASE_SECRET, "password"), (RAY_SECRET, "auth_token"))
     )
-    scale = (
+    scale = "\n".join(
         f"aws eks update-nodegroup-config --region {settings.region} --cluster-name {settings.name} "
-        f"--nodegroup-name train --scaling-config desiredSize={settings.train.nodes}"
+        f"--nodegroup-name {name} --scaling-config desiredSize={group.nodes}"
+        for name, group in (("encode", settings.encode), ("train", settings.train))
     )
+    login = f"{settings.registry_login}\n" if settings.registry_login else ""
     return f"""# From these files to a running cluster
 
 Images, from the root of the checkout:
@@ -125,7 +127,7 @@ Images, from the root of the checkout:
 ```sh
 docker build -f infra/images/Dockerfile.cpu -t {settings.cpu_image} .
 docker build -f infra/images/Dockerfile.cuda -t {settings.cuda_image} .
-docker push {settings.cpu_image}
+{login}docker push {settings.cpu_image}
 docker push {settings.cuda_image}
 ```
 
@@ -169,7 +171,8 @@ ray get-auth-token --generate > /dev/null
 ray up ray-aws.yaml
 ```
 
-GPU machines begin at none. An autoscaler brings them, or you do, and take them away afterwards:
+Machines that encode and train begin at none, and what needs them waits. An autoscaler brings them, or you do, and take
+them away afterwards (`desiredSize=0`):
 
 ```sh
 {scale}

@@ -87,10 +87,11 @@ class ClusterSettings(Config):
         return f"s3://{self.bucket}/{self.prefix}".rstrip("/")
 
     @property
-    def registry(self) -> str | None:
-        """Host of the images if it is Amazon's registry, to which machines have to log in."""
+    def registry_login(self) -> str | None:
+        """Command that logs Docker in to the images' registry if it is Amazon's, which lets nobody in without."""
         host = self.image.partition("/")[0]
-        return host if ".dkr.ecr." in host else None
+        login = f"aws ecr get-login-password --region {self.region} | docker login -u AWS --password-stdin {host}"
+        return login if ".dkr.ecr." in host else None
 
     @property
     def cpu_image(self) -> str:

@@ -125,7 +125,7 @@ def test_manifests_refer_to_things_that_exist(manifests: list[dict[str, Any]], o
     by_kind: dict[str, set[str]] = {}
     for manifest in manifests:
         by_kind.setdefault(manifest["kind"], set()).add(manifest["metadata"]["name"])
-        if manifest["kind"] != "Namespace":
+        if manifest["kind"] not in ("Namespace", "StorageClass"):
             assert manifest["metadata"]["namespace"] == "starflow"
     secrets = set(re.findall(r"create secret generic (\S+)", (out / "NEXT.md").read_text()))
     labels = [
@@ -146,6 +146,10 @@ def test_manifests_refer_to_things_that_exist(manifests: list[dict[str, Any]], o
                 assert reference is None or reference["name"] in secrets
     for cluster in ray_clusters(manifests):
         assert cluster["authOptions"]["secretName"] in secrets
+    disks = next(manifest for manifest in manifests if manifest["kind"] == "StorageClass")
+    assert disks["parameters"]["encrypted"] == "true"
+    claims = [claim for m in manifests for claim in m.get("spec", {}).get("volumeClaimTemplates", [])]
+    assert [claim["spec"]["storageClassName"] for claim in claims] == [disks["metadata"]["name"]]
 
 
 def test_the_worker_may_launch_training_and_nobody_else(manifests: list[dict[str, Any]]) -> None:
@@ -317,6 +321,10 @@ def test_terraform_is_private_encrypted_and_least_privileged(out: Path) -> None:
     for statement in re.findall(r"statement \{(.*?)\n  \}", head, re.S):
         assert '["*"]' not in statement or set(re.findall(r'"ec2:(\w+?)[A-Z]\w+"', statement)) == {"Describe"}
         assert '"ec2:TerminateInstances"' not in statement or "ResourceTag/ray-cluster-name" in statement
+    assert 'variable = "iam:PassedToService"' in head
+    for kept in ('"aws_s3_bucket" "store"', '"aws_kms_key" "store"'):
+        assert re.search(rf"^resource {kept} \{{((?!^\}}).)*prevent_destroy = true", text, re.M | re.S), kept
+    assert re.search(r"bootstrap_cluster_creator_admin_permissions = true", text), "or nobody may use kubectl"
     for name, body in policies:  # pods by their service account, machines by EC2: never both for one role
         assert name != "assume_work" or "ec2.amazonaws.com" not in body
     outward = r'(route|resource "aws_vpc_security_group_egress_rule" "\w+") \{.*?\}'

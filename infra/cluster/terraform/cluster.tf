@@ -12,7 +12,8 @@ resource "aws_eks_cluster" "main" {
   enabled_cluster_log_types = ["api", "audit", "authenticator"]
 
   access_config {
-    authentication_mode = "API"
+    authentication_mode                         = "API"
+    bootstrap_cluster_creator_admin_permissions = true # the provider's default is false: nobody could use kubectl
   }
 
   vpc_config {
@@ -53,6 +54,8 @@ resource "aws_eks_addon" "main" {
   for_each     = toset(["vpc-cni", "kube-proxy", "coredns", "eks-pod-identity-agent"])
   cluster_name = aws_eks_cluster.main.name
   addon_name   = each.key
+  # A new cluster has them already, unmanaged; theirs and ours are said to conflict.
+  resolve_conflicts_on_create = "OVERWRITE"
   # Without it the CNI does not enforce network policies.
   configuration_values = each.key == "vpc-cni" ? jsonencode({ enableNetworkPolicy = "true" }) : null
 }
@@ -68,7 +71,7 @@ data "aws_iam_policy_document" "assume_volumes" {
   }
 }
 
-# Prefect's database lies on a volume, which this driver makes.
+# Prefect's database lies on a volume, which this driver makes; its class is among the Kubernetes manifests.
 resource "aws_iam_role" "volumes" {
   name               = "${var.name}-volumes"
   assume_role_policy = data.aws_iam_policy_document.assume_volumes.json
@@ -80,9 +83,8 @@ resource "aws_iam_role_policy_attachment" "volumes" {
 }
 
 resource "aws_eks_addon" "volumes" {
-  cluster_name         = aws_eks_cluster.main.name
-  addon_name           = "aws-ebs-csi-driver"
-  configuration_values = jsonencode({ defaultStorageClass = { enabled = true } })
+  cluster_name = aws_eks_cluster.main.name
+  addon_name   = "aws-ebs-csi-driver"
 
   pod_identity_association {
     role_arn        = aws_iam_role.volumes.arn

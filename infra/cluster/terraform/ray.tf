@@ -94,6 +94,12 @@ data "aws_iam_policy_document" "ray_head" {
     sid       = "GiveWorkersTheirRole"
     actions   = ["iam:PassRole"]
     resources = [aws_iam_role.ray["worker"].arn]
+
+    condition {
+      test     = "StringEquals"
+      variable = "iam:PassedToService"
+      values   = ["ec2.amazonaws.com"]
+    }
   }
 }
 

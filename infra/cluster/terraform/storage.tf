@@ -1,7 +1,12 @@
-# The store: private, encrypted, TLS only. Deleted and replaced objects can be brought back for a while.
+# The store: private, encrypted, TLS only. Deleted and replaced objects can be brought back for a while. Bucket and key
+# outlive the cluster: to destroy the rest, take them out of the state first (terraform state rm).
 
 resource "aws_s3_bucket" "store" {
   bucket = var.bucket
+
+  lifecycle {
+    prevent_destroy = true
+  }
 }
 
 resource "aws_s3_bucket_public_access_block" "store" {
@@ -37,6 +42,10 @@ resource "aws_kms_key" "store" {
   description             = "Objects of ${var.bucket}"
   enable_key_rotation     = true
   deletion_window_in_days = 30
+
+  lifecycle {
+    prevent_destroy = true # a bucket that is not empty stays; without its key nothing in it can be read
+  }
 }
 
 resource "aws_s3_bucket_versioning" "store" {
