@@ -103,9 +103,12 @@ def submit(
 def _warn_of_loopback(on: str) -> None:
     from training.cluster import LOOPBACK
 
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL", "")
-    if on != "local" and urlsplit(endpoint).hostname in LOOPBACK:
-        _warn(f"AWS_ENDPOINT_URL is {endpoint}: other machines do not reach it; set one that they do")
+    if on in ("local", "kubernetes"):  # pods do not get this shell's variables
+        return
+    name = "AWS_ENDPOINT_URL_S3" if os.environ.get("AWS_ENDPOINT_URL_S3") else "AWS_ENDPOINT_URL"
+    endpoint = os.environ.get(name, "")
+    if urlsplit(endpoint).hostname in LOOPBACK:
+        _warn(f"{name} is {endpoint}: other machines do not reach it; set one that they do")
 
 
 def _counted(number: int, what: str) -> str:

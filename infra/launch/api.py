@@ -29,7 +29,7 @@ from training.cluster import stop_key
 from training.config import TrainConfig
 from training.events import read_events
 from training.lease import Lease, LeaseHeldError
-from training.processes import identity
+from training.processes import describe, identity
 
 #: Seconds between looks at machines that were asked to stop; until killed ones are gone; to hand a launch over.
 LOOK_EVERY, KILL_SECONDS, SUBMIT_SECONDS = 0.25, 10.0, 90.0
@@ -85,6 +85,7 @@ def submit(config: TrainConfig, launch: LaunchConfig) -> Launch:
     AlreadyLaunchedError when its newest launch is still at work, or another one is being submitted.
     """
     target = launcher(launch)
+    with_all_ranks(config, launch)  # refused before anything is written
     with _alone(config):
         if running := active(config.store, config.run):
             raise AlreadyLaunchedError(
@@ -103,7 +104,7 @@ def _alone(config: TrainConfig) -> Iterator[None]:
     except LeaseHeldError as error:
         owner, _ = lease.holder() or ("somebody", 0.0)
         raise AlreadyLaunchedError(
-            f"run {config.run!r} is being launched by {owner} all the while; "
+            f"run {config.run!r} is being launched by {describe(owner)} all the while; "
             f"see starflow launch status {config.run} --store {config.store}"
         ) from error
     try:

@@ -24,8 +24,8 @@ from training.processes import this_place
 _STARTED = """\
 started() { sed 's/.*) //' "/proc/$1/stat" 2>/dev/null | awk '$1 != "Z" {print $20}'; }
 """
-#: Its process id, start time and log, as a supervisor's shell prints them last.
-_PROCESS = re.compile(r"^(\d+) (\d+) (/.*)\n\Z", re.M)
+#: Its process id, start time (none if it has ended) and log, as a supervisor's shell prints them last.
+_PROCESS = re.compile(r"^(\d+) (\d*) (/.*)\n\Z", re.M)
 
 
 class LocalSettings(Config):
@@ -80,6 +80,8 @@ class ShellLauncher:
             found = _PROCESS.search(said)  # after what the host says to everybody
             if found is None:
                 return StarflowError(f"{host} did not start it and said {said.strip() or 'nothing'}; try ssh by hand")
+            if not found[2]:
+                return StarflowError(f"{host}: {shlex.join(launch.command[:1])} ended at once; see {found[3]} there")
             return {"host": host, "pid": int(found[1]), "started": found[2], "log": found[3]}
 
         with ThreadPoolExecutor(min(32, len(machines))) as pool:

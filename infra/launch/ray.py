@@ -8,13 +8,14 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from pydantic import Field
 
 from infra.launch.common import Launch, LaunchConfig, Node, NodeState, passed_variables, place_variables, settings
 from starflow.config import Config
-from starflow.errors import StarflowError
+from starflow.errors import NotFoundError, StarflowError
 
 #: A line of a machine, as Ray passes it on: "(Machine pid=7, ip=10.0.0.1) 0| text".
 LINE = re.compile(r"(\(Machine pid=[^)]*\) )?(?P<node>\d+)\| (?P<text>.*)")
@@ -58,18 +59,21 @@ class RayLauncher:
         # Plain lines, and all of them.
         plain = {"RAY_DEDUP_LOGS": "0", "RAY_COLOR_PREFIX": "0"}
         variables = {**passed_variables(self._settings.environment), **plain}
-        self._client().submit_job(
-            entrypoint=self.render(launch), submission_id=launch.name, runtime_env={"env_vars": variables}
-        )
+        with self._cluster(self._settings.address) as client:
+            client.submit_job(
+                entrypoint=self.render(launch), submission_id=launch.name, runtime_env={"env_vars": variables}
+            )
         return {"job": launch.name, "address": self._settings.address}
 
     def nodes(self, launch: Launch) -> list[Node]:
-        details = self._client().get_job_info(launch.name)
-        state = STATES.get(str(details.status.value), "ended")
+        try:
+            with self._cluster(launch.handle["address"]) as client:
+                details = client.get_job_info(launch.name)
+            state, said = STATES.get(str(details.status.value), "ended"), details.message or details.status.value
+        except NotFoundError:  # the cluster was started anew, or has forgotten it
+            state, said = "ended", "unknown to the cluster"
         return [
-            Node(
-                node=node, host="", state=state, detail=f"job {launch.name}: {details.message or details.status.value}"
-            )
+            Node(node=node, host="", state=state, detail=f"job {launch.name}: {said}")
             for node in range(launch.launch.nodes)
         ]
 
@@ -85,13 +89,14 @@ class RayLauncher:
     def stop(self, launch: Launch, force: bool) -> None:
         """The job sees the request in the store within a second; stopping it through Ray leaves no time to save."""
         if force:
-            self._client().stop_job(launch.name)
+            with self._cluster(launch.handle["address"]) as client:
+                client.stop_job(launch.name)
 
     def _lines(self, launch: Launch, follow: bool) -> Iterator[str]:
-        client = self._client()
-        if not follow:
-            yield from client.get_job_logs(launch.name).splitlines()
-            return
+        with self._cluster(launch.handle["address"]) as client:
+            yield from self._follow(client, launch) if follow else client.get_job_logs(launch.name).splitlines()
+
+    def _follow(self, client: Any, launch: Launch) -> Iterator[str]:
         import asyncio
 
         stream = client.tail_job_logs(launch.name)
@@ -110,12 +115,19 @@ class RayLauncher:
         if rest:
             yield rest
 
-    def _client(self) -> Any:
+    @contextmanager
+    def _cluster(self, address: str) -> Iterator[Any]:
+        """The cluster's client. Its errors become StarflowErrors; NotFoundError: it does not know the job."""
+        from ray.exceptions import RayError
         from ray.job_submission import JobSubmissionClient
 
         try:
-            return JobSubmissionClient(self._settings.address)
-        except (ConnectionError, RuntimeError) as error:
+            client = JobSubmissionClient(address)
+        except (OSError, RuntimeError, RayError) as error:
             said = " ".join(str(error).split())
-            address = self._settings.address
             raise StarflowError(f"no Ray cluster answers at {address}: {said}; set cluster.address") from error
+        try:
+            yield client
+        except (OSError, RuntimeError, RayError) as error:
+            kind = NotFoundError if "status code 404" in str(error) else StarflowError
+            raise kind(f"the Ray cluster at {address} refuses: {' '.join(str(error).split())}") from error

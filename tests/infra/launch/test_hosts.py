@@ -125,6 +125,13 @@ def test_a_host_that_starts_nothing_is_named(make_launch: Make, fake: Any) -> No
         SshLauncher(launch.launch).submit(launch)
 
 
+def test_what_ends_at_once_is_said_with_its_log(make_launch: Make, fake: Any) -> None:
+    fake("ssh", "print('7  /logs/0.log')")
+    launch = make_launch("/misspelt/python", on="ssh", cluster={"hosts": ["one"]})
+    with pytest.raises(StarflowError, match=r"one: /misspelt/python ended at once; see /logs/0\.log there"):
+        SshLauncher(launch.launch).submit(launch)
+
+
 def test_a_host_that_cannot_be_reached_keeps_none_from_stopping(make_launch: Make, fake: Any, tmp_path: Path) -> None:
     fake("ssh", "sys.exit('no route' if ARGV[-3] == 'one' else subprocess.run(ARGV[-2:]).returncode)")
     launch = make_launch(*SUPERVISOR, on="ssh", nodes=1, cluster={"hosts": ["two"]})

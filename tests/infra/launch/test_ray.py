@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 from unittest.mock import MagicMock
 
 import pytest
@@ -49,6 +49,35 @@ def test_no_cluster_is_one_sentence(make_launch: Callable[..., Launch]) -> None:
     launch = make_launch(on="ray", cluster={"address": "http://127.0.0.1:9"})
     with pytest.raises(StarflowError, match=r"no Ray cluster answers at http://127.0.0.1:9: .*set cluster.address"):
         RayLauncher(launch.launch).submit(launch)
+
+
+class Forgetful:
+    """A cluster that was started anew: what it says of a job is what Ray's client makes of a 404."""
+
+    asked: ClassVar[list[str]] = []
+
+    def __init__(self, address: str) -> None:
+        self.asked.append(address)
+
+    def get_job_info(self, job: str) -> None:
+        raise RuntimeError(f"Request failed with status code 404: Job {job} does not exist.")
+
+    def stop_job(self, job: str) -> None:
+        raise RuntimeError("Request failed with status code 500: no head.")
+
+
+def test_a_cluster_started_anew_keeps_no_run_from_being_launched(
+    make_launch: Callable[..., Launch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ray.job_submission.JobSubmissionClient", Forgetful)
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://another:8265")
+    launch = make_launch(on="ray", nodes=2).model_copy(update={"handle": {"address": "http://head:8265"}})
+    launcher = RayLauncher(launch.launch)
+    nodes = launcher.nodes(launch)
+    assert {(node.state, node.detail.partition(": ")[2]) for node in nodes} == {("ended", "unknown to the cluster")}
+    with pytest.raises(StarflowError, match=r"Ray cluster at http://head:8265 refuses: .*500: no head"):
+        launcher.stop(launch, force=True)
+    assert Forgetful.asked == ["http://head:8265"] * 2, "where it was submitted, not where one would submit now"
 
 
 def test_restarts_wait_longer_each_time_until_the_run_goes_on() -> None:
