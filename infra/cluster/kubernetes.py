@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from infra.cluster.pods import (
+    ACCOUNTS,
     DATABASE_SECRET,
     LAUNCH_ACCOUNT,
     PREFECT_PORT,
-    SERVICE_ACCOUNT,
     container,
     environment,
     pod,
@@ -43,8 +43,7 @@ def _namespace(settings: ClusterSettings) -> list[Manifest]:
     same: Manifest = {"from": [{"podSelector": {}}]}
     return [
         {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": settings.namespace, "labels": labels}},
-        _account(settings, SERVICE_ACCOUNT),
-        _account(settings, LAUNCH_ACCOUNT),
+        *(_account(settings, name) for name in ACCOUNTS),
         *_launch_rights(settings),
         {  # Prefect does not ask who you are: nobody outside the namespace reaches it, or Ray
             "apiVersion": "networking.k8s.io/v1",

@@ -11,8 +11,9 @@ from infra.cluster.settings import ClusterSettings, NodeGroup
 USER, HOME = 10001, "/home/starflow"
 #: Secrets that people create once; see the notes that are rendered beside the manifests.
 DATABASE_SECRET, RAY_SECRET = "starflow-database", "starflow-ray"
-#: Account of what uses the store, and that of the Prefect worker, which also launches training in the namespace.
-SERVICE_ACCOUNT, LAUNCH_ACCOUNT = "starflow", "starflow-launch"
+#: Accounts, all of which may use the store: of most pods; of the Prefect worker, which also launches training in the
+#: namespace; of Ray's heads, which KubeRay lets change the size of Ray clusters.
+SERVICE_ACCOUNT, LAUNCH_ACCOUNT, RAY_ACCOUNT = ACCOUNTS = ("starflow", "starflow-launch", "starflow-ray-head")
 PREFECT_PORT = 4200
 
 

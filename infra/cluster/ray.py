@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from infra.cluster.kubernetes import RAY_CLUSTER, Manifest, metadata
-from infra.cluster.pods import HOME, RAY_SECRET, environment, group_container, pod, scratch
+from infra.cluster.pods import HOME, RAY_ACCOUNT, RAY_SECRET, environment, group_container, pod, scratch
 from infra.cluster.settings import ClusterSettings, NodeGroup, RayNetwork
 
 REFRESH_FILE = "/etc/starflow/refresh.json"
@@ -29,7 +29,7 @@ def cluster_spec(settings: ClusterSettings, **head: Any) -> dict[str, Any]:
         "autoscalerOptions": {"idleTimeoutSeconds": IDLE_SECONDS, "upscalingMode": "Default"},
         "headGroupSpec": {
             "rayStartParams": {"num-cpus": "0"},
-            "template": {"spec": pod([head_container], "services", volumes=volumes)},
+            "template": {"spec": pod([head_container], "services", volumes=volumes, serviceAccountName=RAY_ACCOUNT)},
         },
         "workerGroupSpecs": [
             {

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from infra.cluster.kubernetes import manifests
-from infra.cluster.pods import DATABASE_SECRET, LAUNCH_ACCOUNT, PREFECT_PORT, RAY_SECRET, SERVICE_ACCOUNT
+from infra.cluster.pods import ACCOUNTS, DATABASE_SECRET, PREFECT_PORT, RAY_SECRET
 from infra.cluster.ray import aws_cluster, ray_cluster, refresh_job
 from infra.cluster.settings import ClusterSettings, NodeGroup
 from infra.launch.api import launcher
@@ -78,7 +78,7 @@ def terraform_variables(settings: ClusterSettings) -> dict[str, Any]:
         "bucket": settings.bucket,
         "prefix": settings.prefix,
         "namespace": settings.namespace,
-        "service_accounts": [SERVICE_ACCOUNT, LAUNCH_ACCOUNT],
+        "service_accounts": list(ACCOUNTS),
         "kubernetes_version": settings.kubernetes_version,
         "api_networks": list(settings.api_networks),
         "retention_days": settings.retention_days,

@@ -158,6 +158,9 @@ def test_the_worker_may_launch_training_and_nobody_else(manifests: list[dict[str
     account = binding["subjects"][0]["name"]
     with_it = [spec for spec in pod_specs(manifests) if spec["serviceAccountName"] == account]
     assert [spec["containers"][0]["name"] for spec in with_it] == ["worker"]
+    heads = {id(cluster["headGroupSpec"]["template"]["spec"]) for cluster in ray_clusters(manifests)}
+    with_theirs = {id(spec) for spec in pod_specs(manifests) if spec["serviceAccountName"] == "starflow-ray-head"}
+    assert with_theirs == heads, "KubeRay gives the heads' account rights of its own"
     granted = {(thing, verb) for rule in role["rules"] for thing in rule["resources"] for verb in rule["verbs"]}
     needed = {
         "apply": {(thing, verb) for thing in ("jobs", "services") for verb in ("get", "create", "patch")},
