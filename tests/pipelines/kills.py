@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 
+from pipelines.batches import CrawlRecord, load_record
+from pipelines.ledger import get_table
+from pipelines.plan import Workspace
 from starflow.objectstore import LocalStore, open_store
 from starflow.snapshots import list_snapshots, load_snapshot
 from tests.pipelines.fake_crawl import (
@@ -46,3 +49,16 @@ def content(bench: Bench) -> tuple[Any, ...]:
     snapshots = [load_snapshot(store, str(summary.number)) for summary in list_snapshots(store)]
     rows = {name: (row["status"], row["reason"], row["dropped"], row["id"]) for name, row in ledger_rows(bench).items()}
     return [([part.id for part in s.parts], s.dropped, s.removed, s.counts) for s in snapshots], rows
+
+
+def committed_urls(bench: Bench) -> set[str]:
+    """URLs whose batches are committed with an answer that is not to be retried."""
+    store = open_store(str(bench.store))
+    done = set()
+    for plan in Workspace(store, 1).plans():
+        for batch in plan.batches:
+            record = load_record(store, batch, CrawlRecord)
+            if record is not None:
+                rows = get_table(store, record.fetched).to_pylist()
+                done |= {row["url"] for row in rows if row["status"] != "retry"}
+    return done

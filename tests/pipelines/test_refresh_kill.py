@@ -27,7 +27,7 @@ from tests.pipelines.fake_crawl import (
     sample_urls,
     url,
 )
-from tests.pipelines.kills import KilledError, content, killed_at_write
+from tests.pipelines.kills import KilledError, committed_urls, content, killed_at_write
 
 
 def run_killed(bench: Bench, listed: Path, number: int, after: bool) -> RefreshResult | None:
@@ -63,21 +63,6 @@ def test_a_kill_at_any_write_changes_nothing_in_the_end(
         again = {name for name, count in bench.web.requests.items() if count != asked.get(name, 0)}
         assert not again & fetched, f"killed at write {number}: fetched again what was committed"
     assert number > 25
-
-
-def committed_urls(bench: Bench) -> set[str]:
-    """URLs whose batches are committed with an answer that is not to be retried."""
-    from pipelines.batches import CrawlRecord, load_record
-
-    store = open_store(str(bench.store))
-    done = set()
-    for plan in Workspace(store, 1).plans():
-        for batch in plan.batches:
-            record = load_record(store, batch, CrawlRecord)
-            if record is not None:
-                rows = get_table(store, record.fetched).to_pylist()
-                done |= {row["url"] for row in rows if row["status"] != "retry"}
-    return done
 
 
 def test_a_list_that_changes_after_a_kill_adds_to_the_same_refresh(bench: Bench) -> None:

@@ -28,9 +28,9 @@ from starflow import s3store
 from starflow.errors import StarflowError, StoreError
 from starflow.objectstore import LocalStore
 from tests.faulty_s3 import FaultyS3
-from tests.pipelines.fake_crawl import Bench, fake_encode
+from tests.pipelines.fake_crawl import STEADY, Bench, fake_encode
 from tests.pipelines.hostile_web import HostileWeb
-from tests.pipelines.test_refresh import STEADY, committed_urls, content
+from tests.pipelines.kills import committed_urls, content
 
 
 @pytest.fixture
