@@ -275,7 +275,7 @@ class RefreshConfig(CaptionConfig, CrawlConfig):
         "",
         title="Gate: accept",
         description="Publish this refused candidate, named as its refusal names it, whatever was measured; "
-        "this run then asks for nothing new. Any other candidate is measured as ever.",
+        "this run then asks for nothing new. Any other candidate is measured as ever, and without a gate refused.",
     )
     gate_discard: str = Field(
         "",

@@ -57,10 +57,20 @@ class Measure(Config):
 
 
 def is_closed(state: RefreshState) -> bool:
-    """Whether publishing has to wait for the gate: there is one, something to publish, and nobody has accepted it."""
-    if state.config.gate == "off" or not (new_parts(state) or len(state.left())):
+    """Whether publishing has to wait for the gate: there is one, something to publish, and nobody has accepted it.
+
+    Raises GateRefusedError where no gate would look at a candidate, and the one that was decided about is another.
+    """
+    config = state.config
+    if not (new_parts(state) or len(state.left())) or config.gate_accept == candidate_name(state):
         return False
-    return state.config.gate_accept != candidate_name(state)
+    if config.gate == "off" and (config.gate_accept or config.gate_discard) and state.workspace.refused():
+        raise refused(
+            state,
+            f"gate_accept or gate_discard names another candidate than {candidate_name(state)}, which is what the list "
+            "and these settings give",
+        )
+    return config.gate != "off"
 
 
 def new_parts(state: RefreshState) -> tuple[Part, ...]:

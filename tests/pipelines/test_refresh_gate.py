@@ -77,6 +77,16 @@ def test_a_name_decides_about_its_own_candidate_only(bench: Bench) -> None:
     assert set(bench.web.requests.values()) == {1}
 
 
+def test_without_a_gate_only_the_named_candidate_is_published(bench: Bench) -> None:
+    """As in a form whose gate is off: a misspelt name, or settings that give another candidate, publish nothing."""
+    listed = bench.write_list(BAD)
+    name = refused(bench, listed)
+    for decision in ("gate_accept", "gate_discard"):
+        assert refused(bench, listed, gate="off", **{decision: "1-00000000"}) == name
+    assert refused(bench, listed, gate="off", gate_accept=name, near_duplicates=3, block_words=("0",)) != name
+    expect_bad_is_published(bench, bench.refresh(listed, gate="off", gate_accept=name))
+
+
 def test_a_discarded_candidate_is_forgotten_and_its_urls_are_asked_anew(bench: Bench) -> None:
     listed = bench.write_list(BAD)
     name = refused(bench, listed)
