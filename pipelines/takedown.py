@@ -30,7 +30,9 @@ class TakedownConfig(Config):
         (), title="Sample ids", description="Pictures with these ids: SHA-256 of the file, 64 hexadecimal digits."
     )
     file: str | None = Field(
-        None, title="List", description="Text file, local or on s3://, with a URL, host or id a line."
+        None,
+        title="List",
+        description="Text file, local or on s3://, with a URL, host or id a line; # begins a comment line.",
     )
     dry_run: bool = Field(False, title="Dry run", description="Only count what would be taken down.")
 
@@ -38,7 +40,8 @@ class TakedownConfig(Config):
         """All that is named. Raises ConfigError for nothing, and for what no sample can have."""
         named = [(kind, value) for kind, values in self._named().items() for value in values]
         if self.file is not None:
-            named += [parse_entry(line) for line in _read(self.file).splitlines() if line.strip()]
+            lines = (line.strip() for line in _read(self.file).splitlines())
+            named += [parse_entry(line) for line in lines if line and not line.startswith("#")]
         if not named:
             raise ConfigError("nothing to take down; name URLs, hosts, ids or a list (--url, --host, --id, --file)")
         return Takedowns(check_entry(*entry) for entry in named)
@@ -103,11 +106,13 @@ def bytes_left(result: TakedownResult, store: str) -> str:
 
 
 def _read(file: str) -> str:
-    """Text of a local file or one on S3."""
-    if file.startswith("s3://"):
-        folder, _, name = file.rpartition("/")
-        return open_store(folder).read(name).decode("utf-8", "replace")
+    """Text of a local file or one on S3. Raises ConfigError for one in another encoding, whose URLs would not match."""
     try:
-        return Path(file).read_text(encoding="utf-8", errors="replace")
+        if file.startswith("s3://"):
+            folder, _, name = file.rpartition("/")
+            return open_store(folder).read(name).decode("utf-8-sig")
+        return Path(file).read_text(encoding="utf-8-sig")
     except OSError as error:
         raise NotFoundError(f"list {file} cannot be read: {error.strerror}; check the path") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"list {file} is not UTF-8 ({error.reason} at byte {error.start}); save it so") from error

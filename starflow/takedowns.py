@@ -16,7 +16,7 @@ from starflow import manifest
 from starflow.errors import ConfigError
 from starflow.manifest import ObjectRef
 from starflow.objectstore import ObjectStore
-from starflow.urls import canonical, host_name, host_of
+from starflow.urls import host_name, host_of, resource
 
 #: What a removal can name: a sample id, a URL in any of its spellings, or a host with all its subdomains.
 KINDS = ("id", "url", "host")
@@ -66,8 +66,8 @@ class Takedowns:
     def _matching(self, id: str | None, url: str | None) -> Iterator[Entry]:
         if id and ("id", id.lower()) in self.entries:
             yield "id", id.lower()
-        if url and "url" in self._kinds and ("url", canonical(url)) in self.entries:
-            yield "url", canonical(url)
+        if url and "url" in self._kinds and ("url", resource(url)) in self.entries:
+            yield "url", resource(url)
         labels = host_of(url).split(".") if url and "host" in self._kinds else []
         for start in range(len(labels)):
             if ("host", host := ".".join(labels[start:])) in self.entries:
@@ -78,7 +78,7 @@ def _canonical(entry: Entry) -> Entry:
     """The entry as samples are compared with it; one that none can match as it stands."""
     kind, value = entry
     if kind == "url":
-        return kind, canonical(value)
+        return kind, resource(value)
     try:
         return kind, host_name(value) if kind == "host" else value.lower()
     except ValueError:
@@ -94,9 +94,11 @@ def parse_entry(line: str) -> Entry:
 
 
 def check_entry(kind: str, value: str) -> Entry:
-    """The entry. Raises ConfigError for an id or a host that no sample can have, which would take nothing down."""
+    """The entry. Raises ConfigError for what no sample can have, which would take nothing down."""
     if kind == "id" and not re.fullmatch("[0-9a-fA-F]{64}", value):
         raise ConfigError(f"takedown of id {value!r}: a sample id has 64 hexadecimal digits; see samples.parquet")
+    if kind == "url" and "://" not in value:
+        raise ConfigError(f"takedown of url {value!r}: write all of it, such as https://example.org/a.jpg")
     hosts = {host_of(f"http://{value}/"), host_of(f"http://[{value}]/")} - {""}
     if kind == "host" and _canonical((kind, value))[1] not in hosts:
         raise ConfigError(f"takedown of host {value!r}: write a name or address alone, such as example.org, or a URL")

@@ -5,10 +5,13 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
+import string
 from urllib.parse import quote, urlsplit, urlunsplit
 
 #: Characters that may stand for themselves in a path or query (RFC 3986, section 3.3), and existing escapes.
 _SAFE = "/%:@!$&'()*+,;=~-._"
+#: Characters whose escapes mean the same (RFC 3986, section 2.3).
+_UNRESERVED = frozenset(f"{string.ascii_letters}{string.digits}-._~")
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
@@ -58,6 +61,22 @@ def canonical(url: str) -> str:
         return normalise(url)
     except ValueError:
         return url
+
+
+def resource(url: str) -> str:
+    """What all spellings of an address share: canonical, its escapes in upper case and none that is not needed.
+
+    Source: RFC 3986, section 6.2.2. Servers are asked, and the ledger is keyed, with escapes as the list has them.
+    """
+    try:
+        return re.sub("%[0-9A-Fa-f]{2}", _escaped, normalise(url))
+    except ValueError:
+        return url
+
+
+def _escaped(found: re.Match[str]) -> str:
+    character = chr(int(found[0][1:], 16))
+    return character if character in _UNRESERVED else found[0].upper()
 
 
 def url_key(url: str) -> str:

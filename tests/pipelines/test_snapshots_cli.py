@@ -91,13 +91,16 @@ def test_diff_verify_takedown_and_gc(store):
 
 
 def test_takedown_reads_a_list(store, tmp_path):
-    lines = ["http://h0/0", hashlib.sha256(b"2").hexdigest().upper(), "", "h1"]
-    (tmp_path / "list.txt").write_text("\n".join(lines))
+    lines = ["http://h0/0", hashlib.sha256(b"2").hexdigest().upper(), "", "# asked for by mail", "h1"]
+    (tmp_path / "list.txt").write_text("\n".join(lines), encoding="utf-8-sig")
     assert "22 samples removed" in run("takedown", "--file", str(tmp_path / "list.txt"), "--store", store)
     with pytest.raises(ConfigError, match="--file"):
         run("takedown", "--store", store)
     with pytest.raises(NotFoundError, match=r"no-such\.txt cannot be read"):
         run("takedown", "--file", str(tmp_path / "no-such.txt"), "--store", store)
+    (tmp_path / "latin.txt").write_bytes("http://h0/é".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"latin\.txt is not UTF-8 .* at byte 10\)"):
+        run("takedown", "--file", str(tmp_path / "latin.txt"), "--store", store)
 
 
 def test_a_dry_run_counts_and_publishes_nothing(store):
@@ -111,7 +114,14 @@ def test_a_dry_run_counts_and_publishes_nothing(store):
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("--id", "abc"), ("--host", "http://h1/"), ("--host", "h1:80"), ("--host", "h1/4"), ("--host", "")],
+    [
+        ("--id", "abc"),
+        ("--host", "http://h1/"),
+        ("--host", "h1:80"),
+        ("--host", "h1/4"),
+        ("--host", ""),
+        ("--url", "h1/4"),
+    ],
 )
 def test_takedown_of_what_no_sample_can_be_is_refused(store, option, value):
     with pytest.raises(ConfigError, match="takedown of"):

@@ -26,6 +26,12 @@ def test_a_url_is_taken_down_in_every_spelling(asked: str, held: str) -> None:
     assert taken.blocks([None] * 5, [held, *others]).tolist() == [True, False, False, False, False]
 
 
+def test_escapes_of_a_url_are_compared_by_what_they_mean() -> None:
+    taken = Takedowns([("url", "http://h/caf%c3%a9%2D1%2f")])
+    urls = ["http://h/café-1%2F", "http://h/caf%C3%A9%2d1%2f", "http://h/café-1/", "http://h/caf%C3%89-1%2F"]
+    assert taken.blocks([None] * 4, urls).tolist() == [True, True, False, False]
+
+
 def test_what_is_no_web_address_is_compared_as_it_stands() -> None:
     taken = Takedowns([("url", "s3://bucket/A.png")])
     assert taken.blocks([None] * 2, ["s3://bucket/A.png", "s3://bucket/a.png"]).tolist() == [True, False]
