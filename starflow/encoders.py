@@ -310,7 +310,12 @@ def find_model(kind: str, spec: str) -> None:
     if folder.exists() or not HUB_ID.fullmatch(spec):
         if not (folder / "config.json").is_file():
             raise EncoderError(f"cannot load the {kind} {spec!r} from that folder: it holds no config.json")
-    elif not isinstance(try_to_load_from_cache(spec, "config.json"), str):
+        return
+    try:
+        cached = try_to_load_from_cache(spec, "config.json")
+    except ValueError as error:  # such as a--b, which the hub takes for no id
+        raise _not_had(kind, spec, error) from error
+    if not isinstance(cached, str):
         _ask_hub(kind, spec)
 
 

@@ -71,11 +71,12 @@ def test_encode_settings_are_passed_on_by_name(bench: Bench, monkeypatch: pytest
 
 
 @pytest.mark.parametrize(
-    "settings", [{"vae": "someone/nothing"}, {"text_encoder": "nothing"}, {"captioner": "nothing"}]
+    "settings",
+    [{"vae": "someone/nothing"}, {"text_encoder": "nothing"}, {"captioner": "nothing"}, {"vae": "not--nothing"}],
 )
 def test_a_model_that_cannot_be_had_is_said_before_any_request(bench: Bench, settings: dict[str, Any]) -> None:
     listed = bench.write_list({url(0): png(0)})
-    with pytest.raises(EncoderError, match=r"cannot load the .* 'someone/nothing|nothing'.*hf download"):
+    with pytest.raises(EncoderError, match=r"cannot load the .* '(someone/|not--)?nothing'.*hf download"):
         bench.refresh(listed, **settings)
     assert not bench.web.requests
     if "captioner" not in settings:  # the cluster may have it
