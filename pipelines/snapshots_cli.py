@@ -5,12 +5,9 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-
-if TYPE_CHECKING:
-    pass
 
 snapshots = typer.Typer(help="List, show, compare and check published snapshots.", no_args_is_help=True)
 
