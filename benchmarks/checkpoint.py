@@ -7,7 +7,8 @@
 its disk. Writes benchmarks/results/checkpoint-cpu.{md,json}. Both ways of saving are measured in the same run, on the
 same state. "stall": what the training loop waits for in `Saver.begin`, the slowest rank counts. "synchronous": the same
 save, waited for until its manifest is committed. "behind": committed while training goes on, so many seconds after the
-stall; step times tell what that costs the training. Others that use the memory make the copy slower: see the load.
+stall, as seen at the end of a step; step times tell what that costs the training. Others that use the memory make the
+copy slower: see the load.
 """
 
 from __future__ import annotations
