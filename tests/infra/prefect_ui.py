@@ -125,9 +125,9 @@ class PrefectUI:
         self.page.get_by_role("listitem").filter(has_text=name).click()
 
     def open_artifact(self, key: str) -> None:
-        """From the run's page, whose list is drawn anew now and then: the link is followed by its address."""
+        """The newest of that key, from the run's page. That list is drawn anew at times: so by the address."""
         self.tab("Artifacts")
-        link = self.page.get_by_role("link", name=key).first.get_attribute("href")
+        link = self.page.get_by_role("link", name=key).last.get_attribute("href")
         self.page.goto(f"{self.address}{link}")
         self.page.get_by_text(key).first.wait_for()
 
