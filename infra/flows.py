@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import queue
 import shlex
@@ -61,7 +62,8 @@ def train(**parameters: Any) -> dict[str, Any]:
     if launch is not None:  # this flow's process had died, not the training
         get_run_logger().info("run %s is at work, launched at %s: following it", config.run, launch.submitted)
     else:
-        launch = submit(config, where)
+        with contextlib.chdir(Path.home()):  # training outlives this flow, whose own folder goes with it
+            launch = submit(config, where)
     try:
         end = follow(launch, page.update)
     except BaseException:  # also a cancellation, which Prefect raises in the main thread

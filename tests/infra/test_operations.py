@@ -90,6 +90,8 @@ def test_refresh_event_train_cancel_retry_kill_complete(
 
         retry(api, flow_run)  # what the button Retry of the UI does
         wait_for("a later checkpoint", lambda: list_steps(store, run)[-1] > steps[-1], 300)
+        # Not the flow's own folder: that goes with it, and no rank starts in a folder that is gone.
+        assert {process.cwd() for process in at_work_on(stack, run)} == {str(Path.home())}
         process_of(stack, flow_run).send_signal(signal.SIGKILL)
         wait_for("the crash", lambda: state_of(api, flow_run)["type"] == "CRASHED", 60)
         wait_for_reschedule(api, flow_run)
