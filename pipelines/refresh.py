@@ -86,11 +86,12 @@ def _planned(state: RefreshState) -> Counts:
 
 def _is_decided(state: RefreshState) -> bool:
     """Forgets the candidate that the gate refused last if that was asked for; whether it is accepted as it is."""
-    waiting = state.workspace.refused() if state.plans else ""
-    if waiting and state.config.gate_discard == waiting:
+    waiting = state.workspace.refused()
+    # Without plans: left over by who was killed while forgetting it.
+    if waiting and (not state.plans or state.config.gate_discard == waiting):
         state.workspace.delete()
         state.open()
-    return waiting != "" and state.config.gate_accept == waiting
+    return waiting != "" and bool(state.plans) and state.config.gate_accept == waiting
 
 
 def crawl(state: RefreshState) -> Counts:

@@ -15,6 +15,7 @@ from starflow.errors import ConfigError
 from starflow.objectstore import open_store
 from starflow.snapshots import list_snapshots
 from tests.pipelines.fake_crawl import Answer, Bench, png, url
+from tests.pipelines.kills import KilledError, killed_at_write
 
 GATE: dict[str, Any] = {"gate": "automatic", "gate_drop_rate": 0.4}
 #: Two pictures and two URLs that give none: half is over the limit.
@@ -95,6 +96,17 @@ def test_a_discarded_candidate_is_forgotten_and_its_urls_are_asked_anew(bench: B
     assert (result.added, result.dropped) == (3, {"http_404": 1})
     assert set(bench.web.requests.values()) == {2}
     assert bench.refresh(listed, **GATE, gate_discard=name).snapshot == result.snapshot
+
+
+@pytest.mark.parametrize("settings", [GATE, {"gate": "off"}])
+def test_a_kill_while_forgetting_a_candidate_forgets_it(bench: Bench, settings: dict[str, Any]) -> None:
+    listed = bench.write_list(BAD)
+    name = refused(bench, listed)
+    with pytest.raises(KilledError), killed_at_write(1, after=True):
+        bench.refresh(listed, **settings, gate_discard=name)
+    bench.web.answers |= {url("gone0"): png(20)}
+    assert bench.refresh(listed, **settings, gate_discard=name).added == 3
+    assert set(bench.web.requests.values()) == {2}
 
 
 def test_too_many_removals_are_refused_though_nothing_is_new(bench: Bench) -> None:
