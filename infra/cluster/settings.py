@@ -10,6 +10,8 @@ from starflow.config import Config
 
 #: Names that Kubernetes, AWS and DNS all accept.
 NAME = r"^[a-z][a-z0-9-]{1,38}[a-z0-9]$"
+#: Shortest prefix of a network that may reach the cluster: no organisation works from more addresses.
+WIDEST_NETWORK = 8
 
 
 class NodeGroup(Config):
@@ -64,8 +66,8 @@ class ClusterSettings(Config):
         import ipaddress
 
         for network in networks:
-            if ipaddress.ip_network(network).prefixlen == 0:
-                raise ValueError(f"{network} is the whole world; name the networks you work from")
+            if ipaddress.IPv4Network(network).prefixlen < WIDEST_NETWORK:
+                raise ValueError(f"{network} is much of the world; name the networks you work from")
         if not networks:
             raise ValueError("without a network nobody reaches the cluster; name the networks you work from")
         return networks

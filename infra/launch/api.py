@@ -23,7 +23,7 @@ from infra.launch.common import (
     with_all_ranks,
 )
 from starflow.console import console
-from starflow.errors import NotFoundError, StarflowError
+from starflow.errors import NotFoundError, StarflowError, StoreError
 from starflow.objectstore import open_store
 from training.cluster import stop_key
 from training.config import TrainConfig
@@ -110,7 +110,8 @@ def _alone(config: TrainConfig) -> Iterator[None]:
     try:
         yield
     finally:
-        lease.release()
+        with contextlib.suppress(StoreError):  # it falls silent by itself; the launch stands
+            lease.release()
 
 
 def _hand_over(target: Launcher, prepared: Launch, config: TrainConfig) -> Launch:

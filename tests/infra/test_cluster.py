@@ -359,7 +359,8 @@ def test_commands_in_the_files_exist_with_those_options(out: Path, manifests: li
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("api_networks=[0.0.0.0/0]", "whole world"),
+        ("api_networks=[0.0.0.0/1]", "much of the world"),
+        ("api_networks=['2001:db8::/32']", "2001:db8::/32"),
         ("account=12", "account"),
         ("bucket=Upper_Case", "bucket"),
         ("nodes=3", "unknown key nodes"),
