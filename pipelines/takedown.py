@@ -100,9 +100,9 @@ def bytes_left(result: TakedownResult, store: str) -> str:
     return (
         f"Snapshot {result.snapshot} holds none of them, and none will come back. Their bytes may still be {parts}"
         "among the downloaded originals. From the end of the next run of the deployment cleanup (or of "
-        f"`starflow snapshots gc --store {store}`) on, none are left in the store: withdrawn parts go whatever the "
-        "grace period. What a refresh at work has downloaded, or one that its gate has refused, goes with the first such "
-        "run after it has published or has been discarded. Caches of training nodes, and old object versions of a "
+        f"`starflow snapshots gc --store {store}`) on, none are left there: withdrawn parts go whatever the "
+        "grace period. What a refresh at work has downloaded, or one that its gate has refused, goes with the first "
+        "such run after it has published or has been discarded. Caches of training nodes, and old object versions of a "
         "bucket, are deleted separately."
     )
 
