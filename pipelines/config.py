@@ -14,7 +14,7 @@ from pipelines.guard import FetchPolicy
 from pipelines.sources import Columns
 from starflow import __version__
 from starflow.config import Config
-from starflow.urls import host_name
+from starflow.urls import host_alone
 
 #: The name that robots.txt and X-Robots-Tag rules address us by.
 AGENT_TOKEN = "starflow"
@@ -287,7 +287,7 @@ class RefreshConfig(CaptionConfig, CrawlConfig):
     @field_validator("block_hosts")
     @classmethod
     def _canonical_hosts(cls, hosts: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(map(host_name, hosts))
+        return tuple(map(host_alone, hosts))
 
     def digest(self, names: Iterable[str]) -> str:
         """A short hash of these settings: work done under others is done again."""

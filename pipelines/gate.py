@@ -2,7 +2,7 @@
 
 It stands between the stages encode and publish. What it refuses is not lost: crawl, captions and latents stay in the
 refresh's workspace. A refusal holds for exactly that candidate. The next refresh adds what is new by then and measures
-all of it again; `gate_accept` publishes the candidate as it is, `gate_discard` forgets it.
+all of it again, if it has a gate; `gate_accept` publishes the candidate as it is, `gate_discard` forgets it.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ OUTLIER_LEVEL = 0.01
 #: What becomes of refused work, and the ways on.
 KEPT = (
     "nothing is published and the work is kept: the next refresh of this store adds what is new by then and measures "
-    "all of it again; or run it with gate_accept={0} to publish exactly this, or with gate_discard={0} to forget this "
-    "and ask its URLs anew"
+    "all of it again, if it has a gate; or run it with gate_accept={0} to publish exactly this, or with "
+    "gate_discard={0} to forget this and ask its URLs anew"
 )
 
 
@@ -59,17 +59,14 @@ class Measure(Config):
 def is_closed(state: RefreshState) -> bool:
     """Whether publishing has to wait for the gate: there is one, something to publish, and nobody has accepted it.
 
-    Raises GateRefusedError where no gate would look at a candidate, and the one that was decided about is another.
+    Raises GateRefusedError where no gate would look at work that was refused, unless exactly this is accepted.
     """
     config = state.config
     if not (new_parts(state) or len(state.left())) or config.gate_accept == candidate_name(state):
         return False
-    if config.gate == "off" and (config.gate_accept or config.gate_discard) and state.workspace.refused():
-        raise refused(
-            state,
-            f"gate_accept or gate_discard names another candidate than {candidate_name(state)}, which is what the list "
-            "and these settings give",
-        )
+    if config.gate == "off" and state.workspace.refused():
+        wrong = "the named candidate is another one, and " if config.gate_accept or config.gate_discard else ""
+        raise refused(state, f"{wrong}no gate measures {candidate_name(state)}, which holds work that was refused")
     return config.gate != "off"
 
 

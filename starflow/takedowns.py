@@ -16,7 +16,7 @@ from starflow import manifest
 from starflow.errors import ConfigError
 from starflow.manifest import ObjectRef
 from starflow.objectstore import ObjectStore
-from starflow.urls import host_name, host_of, resource
+from starflow.urls import host_alone, host_name, host_of, resource
 
 #: What a removal can name: a sample id, a URL in any of its spellings, or a host with all its subdomains.
 KINDS = ("id", "url", "host")
@@ -99,7 +99,7 @@ def check_entry(kind: str, value: str) -> Entry:
         raise ConfigError(f"takedown of id {value!r}: a sample id has 64 hexadecimal digits; see samples.parquet")
     if kind == "url" and "://" not in value:
         raise ConfigError(f"takedown of url {value!r}: write all of it, such as https://example.org/a.jpg")
-    hosts = {host_of(f"http://{value}/"), host_of(f"http://[{value}]/")} - {""}
-    if kind == "host" and _canonical((kind, value))[1] not in hosts:
-        raise ConfigError(f"takedown of host {value!r}: write a name or address alone, such as example.org, or a URL")
-    return kind, value
+    try:
+        return kind, host_alone(value) if kind == "host" else value
+    except ValueError as error:
+        raise ConfigError(f"takedown of {kind} {value!r}: {error}") from error

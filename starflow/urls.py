@@ -50,6 +50,15 @@ def host_name(host: str) -> str:
         raise ValueError(f"host {host!r} is not a valid name") from error
 
 
+def host_alone(text: str) -> str:
+    """`host_name` of what a person wrote. Raises ValueError for what is no host alone, such as a URL or a wildcard."""
+    hosts = {host_of(f"http://{text}/"), host_of(f"http://[{text}]/")} - {""}
+    name = host_name(text)
+    if "*" in text or name not in hosts:
+        raise ValueError(f"host {text!r} is not a name or address alone; example.org means its subdomains, too")
+    return name
+
+
 def _escape(text: str, more: str = "") -> str:
     text = re.sub(r"%(?![0-9A-Fa-f]{2})", "%25", text)
     return quote(text, safe=_SAFE + more)

@@ -84,6 +84,7 @@ def test_without_a_gate_only_the_named_candidate_is_published(bench: Bench) -> N
     name = refused(bench, listed)
     for decision in ("gate_accept", "gate_discard"):
         assert refused(bench, listed, gate="off", **{decision: "1-00000000"}) == name
+    assert refused(bench, listed, gate="off") == name
     assert refused(bench, listed, gate="off", gate_accept=name, near_duplicates=3, block_words=("0",)) != name
     expect_bad_is_published(bench, bench.refresh(listed, gate="off", gate_accept=name))
 

@@ -109,3 +109,6 @@ def test_block_hosts_are_compared_in_one_spelling(bench: Bench) -> None:
     assert (result.added, result.dropped) == (1, {"blocked_host": 1})
     with pytest.raises(ValueError, match=r"host 'a\.\.b' is not a valid name"):
         bench.refresh(listed, block_hosts=("a..b",))
+    for asked in ("https://example.org/", "*.example.org", "example.org:80"):
+        with pytest.raises(ValueError, match="is not a name or address alone"):
+            bench.refresh(listed, block_hosts=(asked,))
