@@ -5,6 +5,7 @@ Whatever was committed stays, and the run ends with the weights, moments and met
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import time
@@ -34,14 +35,18 @@ def kill(kind, config, process, choose):
         process.kill()
         process.wait()
         return 1
-    pids = list(ranks_of(config).values())
-    victims = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
+    victims = []
+    for pid in ranks_of(config).values():
+        with contextlib.suppress(psutil.NoSuchProcess):  # an attempt before has left its number
+            rank = psutil.Process(pid)
+            victims += rank.children() if kind == "uploader" else [rank]
     if kind == "uploader":
-        victims = [child for rank in victims for child in rank.children()][:1]
+        victims = victims[:1]
     elif kind == "rank":
         victims = [choose.choice(victims)] if victims else []
     for victim in victims:
-        victim.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            victim.kill()
     return len(victims)
 
 
