@@ -1,6 +1,6 @@
 """What fine-tuning a decoder to noisy latents gains on the emoji VAE: PSNR on held-out pictures, and pictures.
 
-    python benchmarks/decoder.py                                          # noise 0.3, as in the paper; a quarter of an hour
+    python benchmarks/decoder.py                                 # noise 0.3, as in the paper; a quarter of an hour
     python benchmarks/decoder.py --checkpoint s3://starflow/RUN           # against that flow's score, at its noise
 
 The first form draws the emoji and holds out the drawings that the shipped VAE has not seen either. The second takes the

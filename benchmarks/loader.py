@@ -9,9 +9,9 @@ with a cold and a warm cache on disk. Then a snapshot of 100,000 shards, and one
 the quality of shuffling is measured. Rows of readers that are not installed are left out. MosaicML streaming asks for
 other versions of numpy and transformers than we have; beside them, in a folder of its own, it runs as it is:
 
-    pip install --target /tmp/mds --no-deps mosaicml-streaming==0.13.0 torchvision==0.15.2 \\
+    pip install --target ~/mds --no-deps mosaicml-streaming==0.13.0 torchvision==0.15.2 \\
         Brotli catalogue cramjam python-snappy xxhash zstd
-    PYTHONPATH=/tmp/mds python benchmarks/loader.py
+    PYTHONPATH=~/mds python benchmarks/loader.py
 
 (this torchvision, which it imports for pictures only, can be imported without its compiled part).
 """
