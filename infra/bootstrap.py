@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DEFINITIONS = (
     "prefect.yaml",
     "infra/automations.yaml",
-    "infra/flows.py",
+    "infra/train_flow.py",
     "infra/upkeep_flows.py",
     "pipelines/flows.py",
     "pipelines/captioners.py",

@@ -1,4 +1,4 @@
-"""Looking into a store and taking samples out of it, as Prefect flows."""
+"""Looking into a store, taking samples out of it and cleaning it up, as Prefect flows."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from prefect.artifacts import create_image_artifact, create_markdown_artifact, c
 from prefect.cache_policies import NO_CACHE
 from pydantic import Field
 
+from infra.cleanup import CleanupConfig, clean_runs, clean_snapshots
 from pipelines.flows import secrets_to_environment
 from pipelines.preview import decode_samples
 from pipelines.report import compared, damaged, data_uri, facts
@@ -146,3 +147,31 @@ def pictures_task(store: ObjectStore, snapshot: Snapshot, config: InspectConfig)
         what = f"Samples of {snapshot.id} with latents {preview.name}. {snapshot.attribution or ''}".strip()
         create_image_artifact(data_uri(encoded.getvalue()), key="inspect-pictures", description=what)
     return sum(len(preview.pixels) for preview in previews)
+
+
+@flow(name="cleanup")
+@parameters_of(CleanupConfig)
+def cleanup(**parameters: Any) -> dict[str, Any]:
+    """Deletes what no snapshot and no checkpoint needs any more; safe beside refreshes and training runs."""
+    secrets_to_environment()
+    config = CleanupConfig.model_validate(parameters)
+    store = open_store(config.store)
+    snapshots = snapshots_task(store, config)
+    runs = runs_task(store, config)
+    answer = snapshots | {"checkpoints": sum(map(len, runs.values())), "dry_run": config.dry_run}
+    create_table_artifact(answer_rows(answer), key="cleanup-answer", description=f"Cleaned {config.store}")
+    rows = [{"run": run, "steps": ", ".join(map(str, steps))} for run, steps in runs.items()]
+    create_table_artifact(rows, key="cleanup-checkpoints", description="Checkpoints deleted, by run")
+    return answer
+
+
+@task(name="snapshots", task_run_name="snapshots", cache_policy=NO_CACHE)
+def snapshots_task(store: ObjectStore, config: CleanupConfig) -> dict[str, Any]:
+    """Old snapshots and unreferenced objects."""
+    return clean_snapshots(store, config)
+
+
+@task(name="checkpoints", task_run_name="checkpoints", cache_policy=NO_CACHE)
+def runs_task(store: ObjectStore, config: CleanupConfig) -> dict[str, list[int]]:
+    """Checkpoints of all runs."""
+    return clean_runs(store, config)

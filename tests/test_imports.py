@@ -25,7 +25,7 @@ ALLOWED = {
 
 #: Each heavy dependency has one owner.
 OWNERS = {
-    "prefect": {"pipelines/flows.py", "infra/flows.py", "infra/upkeep_flows.py"},
+    "prefect": {"pipelines/flows.py", "infra/train_flow.py", "infra/upkeep_flows.py"},
     "ray": {"infra/launch/ray.py", "infra/launch/ray_job.py", "pipelines/actors.py"},
     "zarr": {"starflow/latents.py"},
     "boto3": {"starflow/s3store.py"},

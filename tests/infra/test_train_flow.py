@@ -15,10 +15,10 @@ import pytest
 from prefect.utilities.callables import parameter_schema
 from typer.testing import CliRunner
 
-from infra import flows
-from infra.flows import RECIPE_FIELDS, assignments, launch_command, plain, train
+from infra import train_flow
 from infra.launch import LaunchConfig
 from infra.launch_command import launch as launch_app
+from infra.train_flow import RECIPE_FIELDS, assignments, launch_command, plain, train
 from starflow.config import load_config
 from starflow.errors import StarflowError
 from training.config import TrainConfig
@@ -57,7 +57,7 @@ def test_the_flow_imports_no_torch_while_it_follows(tmp_path: Path) -> None:
     """A cancellation in the middle of that import would leave nothing with which to show what was saved."""
     code = f"""
 import sys
-from infra.flows import describe_run, import_what_a_page_needs
+from infra.train_flow import describe_run, import_what_a_page_needs
 from starflow import manifest
 from starflow.objectstore import open_store
 from training.record import RUN_KIND, RUN_VERSION, run_key
@@ -79,10 +79,10 @@ class _Launched:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, lines: list[str], **end: Any) -> None:
         self.lines, self.asked, self.end = lines, 0, {"message": "", **end}
         self.logged: list[str] = []
-        monkeypatch.setattr(flows, "LOOK_EVERY", 0.01)
-        monkeypatch.setattr(flows, "logs", lambda launch, follow: iter(self.lines))
-        monkeypatch.setattr(flows, "status", self.status)
-        monkeypatch.setattr(flows, "get_run_logger", lambda: types.SimpleNamespace(info=self.logged.append))
+        monkeypatch.setattr(train_flow, "LOOK_EVERY", 0.01)
+        monkeypatch.setattr(train_flow, "logs", lambda launch, follow: iter(self.lines))
+        monkeypatch.setattr(train_flow, "status", self.status)
+        monkeypatch.setattr(train_flow, "get_run_logger", lambda: types.SimpleNamespace(info=self.logged.append))
 
     def status(self, launch: Any) -> dict[str, Any]:
         self.asked += 1
@@ -91,7 +91,7 @@ class _Launched:
 
 def test_the_log_is_copied_until_all_machines_have_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     launched, updates = _Launched(monkeypatch, ["one", "two"], state="completed"), []
-    end = flows.follow(cast(Any, launched), lambda: updates.append(True))
+    end = train_flow.follow(cast(Any, launched), lambda: updates.append(True))
     assert launched.logged == ["one", "two"]
     assert (end["state"], launched.asked) == ("completed", 3)
     assert updates
@@ -104,8 +104,8 @@ def test_a_log_out_of_reach_ends_no_training(monkeypatch: pytest.MonkeyPatch) ->
         raise StarflowError("no such machine")
         yield
 
-    monkeypatch.setattr(flows, "logs", fails)
-    assert flows.follow(cast(Any, launched), lambda: None)["state"] == "completed"
+    monkeypatch.setattr(train_flow, "logs", fails)
+    assert train_flow.follow(cast(Any, launched), lambda: None)["state"] == "completed"
     assert launched.logged == ["the log cannot be followed: no such machine"]
 
 

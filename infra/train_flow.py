@@ -1,4 +1,4 @@
-"""Training and cleaning up as Prefect flows."""
+"""Training as a Prefect flow."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 from uuid import UUID
 
-from prefect import flow, get_run_logger, task
+from prefect import flow, get_run_logger
 from prefect.artifacts import (
     create_image_artifact,
     create_markdown_artifact,
@@ -22,16 +22,14 @@ from prefect.artifacts import (
     create_table_artifact,
     update_progress_artifact,
 )
-from prefect.cache_policies import NO_CACHE
 
-from infra.cleanup import CleanupConfig, clean_runs, clean_snapshots
 from infra.launch import Launch, LaunchConfig, active, logs, status, stop, submit
 from pipelines.flows import secrets_to_environment
 from pipelines.report import data_uri
 from starflow.config import load_config
 from starflow.errors import NotFoundError, StarflowError
 from starflow.forms import answer_rows, fields_of, parameters_of
-from starflow.objectstore import ObjectStore, open_store
+from starflow.objectstore import open_store
 from training.config import TrainConfig
 from training.curves import draw_curves, run_metrics
 from training.metrics import read_metrics
@@ -195,31 +193,3 @@ class RunPage:
             return run_metrics(self._store, self._config.run)
         except NotFoundError:
             return []
-
-
-@flow(name="cleanup")
-@parameters_of(CleanupConfig)
-def cleanup(**parameters: Any) -> dict[str, Any]:
-    """Deletes what no snapshot and no checkpoint needs any more; safe beside refreshes and training runs."""
-    secrets_to_environment()
-    config = CleanupConfig.model_validate(parameters)
-    store = open_store(config.store)
-    snapshots = snapshots_task(store, config)
-    runs = runs_task(store, config)
-    answer = snapshots | {"checkpoints": sum(map(len, runs.values())), "dry_run": config.dry_run}
-    create_table_artifact(answer_rows(answer), key="cleanup-answer", description=f"Cleaned {config.store}")
-    rows = [{"run": run, "steps": ", ".join(map(str, steps))} for run, steps in runs.items()]
-    create_table_artifact(rows, key="cleanup-checkpoints", description="Checkpoints deleted, by run")
-    return answer
-
-
-@task(name="snapshots", task_run_name="snapshots", cache_policy=NO_CACHE)
-def snapshots_task(store: ObjectStore, config: CleanupConfig) -> dict[str, Any]:
-    """Old snapshots and unreferenced objects."""
-    return clean_snapshots(store, config)
-
-
-@task(name="checkpoints", task_run_name="checkpoints", cache_policy=NO_CACHE)
-def runs_task(store: ObjectStore, config: CleanupConfig) -> dict[str, list[int]]:
-    """Checkpoints of all runs."""
-    return clean_runs(store, config)
