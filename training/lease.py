@@ -133,13 +133,17 @@ class Lease:
         return expires > time.time() and not is_gone(owner)
 
     def is_free(self) -> bool:
-        """Whether somebody else may take it now; silence counts from this object's first look on."""
+        """Whether its owner has left, ended or been silent since this object's first look.
+
+        That it expired long ago says nothing to who has seen it since: the store may have been away for everybody.
+        """
         return not self._user(*self._read())
 
     def _try(self) -> str:
         """Takes the lease; or the name of who has it."""
         info, record = self._read()
-        if (user := self._user(info, record)) and user != self.owner:
+        user = self._user(info, record)
+        if record and user not in ("", self.owner) and time.time() <= record.expires + CLOCK_DIFFERENCE:
             return user
         try:
             if info is None:
@@ -156,8 +160,7 @@ class Lease:
             silent = self._silence.look({self.key: info.etag} if info else {}).get(self.key, 0.0)
         if record is None or not record.owner or is_gone(record.owner):
             return ""
-        over = silent >= record.seconds or time.time() > record.expires + CLOCK_DIFFERENCE
-        return "" if over else record.owner
+        return "" if silent >= record.seconds else record.owner
 
     def _announce(self, announced: Announced) -> None:
         while True:

@@ -73,6 +73,14 @@ def test_a_lease_that_expired_long_ago_is_free_at_once(tmp_path, monkeypatch):
     Lease(store, "r", "elsewhere:2:1").acquire()
 
 
+def test_who_has_seen_the_lease_held_waits_for_silence_however_long_the_store_was_away(tmp_path, monkeypatch):
+    store = open_store(str(tmp_path))
+    Lease(store, "r", "elsewhere:1:1").acquire()
+    follower = Lease(store, "r", "elsewhere:2:1")
+    monkeypatch.setattr(lease_module.time, "time", lambda now=time.time: now() + 7200)
+    assert not follower.is_free()
+
+
 def test_a_late_owner_neither_releases_nor_renews(tmp_path):
     """Another writer has taken over, and has left meanwhile: nothing is the late one's any more."""
     store = open_store(str(tmp_path))
