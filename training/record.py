@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 
 from starflow import manifest
 from starflow.checkpoints import list_steps
@@ -15,6 +16,8 @@ from training.lease import Lease, LeaseHeldError
 from training.processes import identity
 
 RUN_KIND, RUN_VERSION = "run", 1
+#: How long another machine that starts the run at the same time may take to record its configuration, in seconds.
+RECORDING = 3.0
 
 
 def resolve(store: ObjectStore, config: TrainConfig) -> TrainConfig:
@@ -74,9 +77,13 @@ def _start_anew(store: ObjectStore, config: TrainConfig) -> None:
 
     It holds the lease meanwhile: who takes it afterwards finds the new configuration.
     """
-    lease = Lease(store, config.run, identity(), config.lease_seconds)
+    lease, began = Lease(store, config.run, identity(), config.lease_seconds), time.monotonic()
+
+    def at_work() -> bool:
+        return time.monotonic() - began > RECORDING and lease.is_held()
+
     try:
-        lease.acquire(2 * config.lease_seconds, give_up=lease.is_held)
+        lease.acquire(2 * config.lease_seconds, give_up=at_work)
     except LeaseHeldError:
         return
     try:

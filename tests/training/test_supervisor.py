@@ -53,6 +53,16 @@ def test_a_run_that_is_under_way_keeps_its_configuration(make_config, store):
         resolve(store, make_config(seed=1))
 
 
+def test_a_machine_waits_while_another_one_records_the_new_configuration(make_config, store):
+    resolve(store, make_config())
+    other = Lease(store, "test", "elsewhere:1:1")
+    other.acquire()
+    release = threading.Timer(0.5, other.release)
+    release.start()
+    assert resolve(store, make_config(seed=1)).seed == 1
+    release.join()
+
+
 def test_a_start_that_was_replaced_before_it_had_the_lease_stops(make_config, store):
     early = Supervisor(make_config())
     resolve(store, make_config(seed=1))
