@@ -159,7 +159,7 @@ class Crew:
 def end_processes(torchrun: subprocess.Popen[bytes], folder: Path) -> None:
     """Ends torchrun and every rank of the attempt; returns when they are gone."""
     pids = [pid for pid, _ in read_heartbeats(folder).values()] if folder.exists() else []
-    family = {psutil.Process(pid) for pid in pids if _alive(pid)}
+    family = {process for pid in pids if (process := _living(pid))}
     if torchrun.poll() is None:
         family |= set(psutil.Process(torchrun.pid).children(recursive=True))  # ranks that have no heartbeat yet, too
         kill_group(torchrun.pid)
@@ -178,11 +178,13 @@ def _ask_to_stop(beats: dict[int, tuple[int, float]]) -> None:
 
 def _died(beats: dict[int, tuple[int, float]], reports: dict[int, Report]) -> list[int]:
     """Ranks that ended without a report."""
-    return [rank for rank, (pid, _) in beats.items() if rank not in reports and not _alive(pid)]
+    return [rank for rank, (pid, _) in beats.items() if rank not in reports and not _living(pid)]
 
 
-def _alive(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+def _living(pid: int) -> psutil.Process | None:
+    """The process, unless it has ended: torchrun may reap it at any moment."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        if process.status() != psutil.STATUS_ZOMBIE:
+            return process
+    return None
