@@ -187,6 +187,8 @@ def collect_garbage(
     if not dry_run:
         _write_marks(store, marks)  # where the reason to go at once may go first
         store.delete([snapshot_key(head.number) for head in going])  # manifests before what they name
+        taken_up = _published_since(store, heads)
+        ripe = [group for group in ripe if group not in taken_up]
         for group in ripe:
             _delete_group(store, group)
         _write_marks(store, waiting)
@@ -222,6 +224,13 @@ class _Head:
         if snapshot.takedowns:
             groups.add(snapshot.takedowns.key)
         return cls(snapshot.id, number, part_list, snapshot.withdrawn, snapshot.takedowns, frozenset(groups))
+
+
+def _published_since(store: ObjectStore, heads: list[_Head]) -> set[str]:
+    """What newer snapshots than `heads` refer to: the same work done again takes up what has waited."""
+    newest = heads[-1].number if heads else 0
+    late = (_Head.load(store, number) for number in snapshot_numbers(store) if number > newest)
+    return {group for head in late for group in head.groups}
 
 
 def _part_group(key: str) -> str:

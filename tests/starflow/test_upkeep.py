@@ -203,6 +203,20 @@ def test_orphans_wait_for_a_second_run(store, monkeypatch):
     assert verify(store, snapshot) == []
 
 
+def test_what_is_published_while_garbage_is_sought_stays(store, monkeypatch):
+    a, waiting = make_part(store, 0)[0], make_part(store, 1000)[0]
+    first, look = publish(store, parent=None, parts=[a], image_size=16), upkeep._groups
+
+    def publish_meanwhile(where):
+        found = look(where)
+        publish(store, parent=first, parts=[a, waiting], image_size=16)
+        return found
+
+    monkeypatch.setattr(upkeep, "_groups", publish_meanwhile)
+    assert collect_garbage(store, grace_hours=0).groups == ()
+    assert verify(store, load_snapshot(store)) == []
+
+
 def test_old_snapshots_go_but_what_newer_ones_share_stays(store):
     a, b, c = (make_part(store, start)[0] for start in (0, 1000, 2000))
     first = publish(store, parent=None, parts=[a, c], image_size=16)
