@@ -66,10 +66,10 @@ class Supervisor:
             try:
                 outcome = self._lead_alone() if self.place.nodes == 1 else self._take_part()
                 self.told_to_end = outcome == "preempted" and self.roll.stop_asked
-            except UnavailableError:
+            except (UnavailableError, LeaseHeldError):
                 if not self._stop.is_set():
                     raise
-                return "preempted"  # a stop does not wait for the store
+                return "preempted"  # a stop waits neither for the store nor for who writes the run
             return outcome
 
     def _lead_alone(self) -> Outcome:

@@ -120,6 +120,15 @@ def test_a_stop_does_not_wait_for_a_store_that_is_away(make_config, monkeypatch,
     assert len(asked) == (1 if stopping else 3)
 
 
+def test_a_stop_while_another_one_still_writes_the_run_is_no_failure(make_config, store):
+    supervisor = Supervisor(make_config())
+    Lease(store, "test", "elsewhere:1:1", seconds=60).acquire()
+    stop = threading.Timer(0.3, supervisor._stop.set)
+    stop.start()
+    assert supervisor.run() == "preempted"
+    stop.join()
+
+
 def test_a_store_that_stays_away_is_said(make_config, monkeypatch):
     supervisor = Supervisor(make_config())
 
