@@ -1,4 +1,4 @@
-"""Child processes known by pid and creation time, so that a recycled pid is never taken for ours.
+"""Child processes known by pid and moment of their start, so that a recycled pid is never taken for ours.
 
 Every process of a stack also carries a mark in its environment. Its descendants inherit the mark, which is how
 `marked` finds what a crashed parent left behind.
@@ -21,6 +21,7 @@ from pydantic import Field
 
 from starflow.config import Config
 from starflow.errors import REINSTALL, StarflowError
+from training.processes import identity
 
 #: Environment variable whose value (the stack's folder) marks a process as belonging to that stack.
 MARK = "STARFLOW_STACK_PROCESS"
@@ -31,15 +32,14 @@ class ProcessRef(Config):
     """A process that a later command can find again."""
 
     pid: int = Field(description="Process id.")
-    created: float = Field(description="Creation time in seconds since 1970, as the kernel reports it.")
+    identity: str = Field(description="What `training.processes.identity` says of it; empty if it ended at once.")
+    created: float = Field(description="When it was started, in seconds since 1970.")
 
     @property
     def process(self) -> psutil.Process | None:
         """The live process, or None when it has ended (also when another one has its pid by now)."""
         try:
-            process = psutil.Process(self.pid)
-            same = abs(process.create_time() - self.created) < 0.05
-            return process if same and process.status() != psutil.STATUS_ZOMBIE else None
+            return psutil.Process(self.pid) if identity(self.pid) == self.identity else None
         except psutil.NoSuchProcess:
             return None
 
@@ -60,6 +60,7 @@ def start(
 
     Raises StarflowError when the program cannot be executed.
     """
+    began = time.time()
     with log.open("ab") as output:
         try:
             child = subprocess.Popen(
@@ -79,8 +80,8 @@ def start(
     # Reaps the child when it ends while this process still lives; otherwise init does.
     threading.Thread(target=child.wait, daemon=True).start()
     with suppress(psutil.NoSuchProcess):
-        return ProcessRef(pid=child.pid, created=psutil.Process(child.pid).create_time())
-    return ProcessRef(pid=child.pid, created=0.0)  # it has ended already
+        return ProcessRef(pid=child.pid, identity=identity(child.pid), created=began)
+    return ProcessRef(pid=child.pid, identity="", created=began)  # it has ended already
 
 
 def end_with_parent() -> None:

@@ -28,9 +28,19 @@ def die_with_parent() -> None:
 
 
 def identity(pid: int | None = None) -> str:
-    """<place>:<pid>:<start> of a process, this one if left out: unique, and checkable by others in the same place."""
-    process = psutil.Process(pid)
-    return f"{this_place()}:{process.pid}:{process.create_time():.2f}"
+    """<place>:<pid>:<start> of a process, this one if left out: unique, and checkable by others in the same place.
+
+    The start is in clock ticks since the boot that the place names: the time of day is set now and then, as after
+    sleep, and the kernel's answer to when a process began moves with it. Raises psutil.NoSuchProcess if it has ended.
+    """
+    number = os.getpid() if pid is None else pid
+    try:
+        fields = Path(f"/proc/{number}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    except OSError as error:
+        raise psutil.NoSuchProcess(number) from error
+    if fields[0] == "Z":
+        raise psutil.ZombieProcess(number)
+    return f"{this_place()}:{number}:{fields[19]}"
 
 
 def this_place() -> str:
@@ -52,8 +62,7 @@ def is_gone(owner: str) -> bool:
     if place != this_place() or len(process) != 2:
         return False
     try:
-        found = psutil.Process(int(process[0]))
-        return f"{found.create_time():.2f}" != process[1] or found.status() == psutil.STATUS_ZOMBIE
+        return identity(int(process[0])) != owner
     except (psutil.NoSuchProcess, ValueError):
         return True
 

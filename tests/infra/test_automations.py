@@ -103,8 +103,9 @@ def replace(api: PrefectAPI, automation: dict[str, Any], **changes: Any) -> None
 
 def kill_worker(stack: LocalStack) -> None:
     """With everything below it, as when its machine is gone; `stack.up()` brings another."""
-    worker = psutil.Process(stack.status()["services"]["worker"])
-    processes.stop(processes.descendants(worker), seconds=0)
+    pid = stack.status()["services"]["worker"]
+    assert pid is not None, "no worker runs"
+    processes.stop(processes.descendants(psutil.Process(pid)), seconds=0)
 
 
 def has_acted(api: PrefectAPI, automation: dict[str, Any]) -> int:

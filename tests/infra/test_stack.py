@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 from collections import namedtuple
 from pathlib import Path
@@ -16,6 +17,7 @@ from infra.services import POOL, Postgres, SeaweedFS
 from infra.stack import LocalStack, free_ports
 from starflow.errors import AlreadyExistsError, ConfigError, StarflowError, StoreError
 from starflow.objectstore import ObjectStore, open_store
+from training.processes import identity
 
 
 @pytest.fixture
@@ -93,9 +95,10 @@ def test_down_leaves_no_process_and_up_finds_the_data(stack: LocalStack, store: 
 
 
 def test_a_recycled_pid_is_not_ours(tmp_path: Path) -> None:
-    somebody = psutil.Process()
-    assert processes.ProcessRef(pid=somebody.pid, created=somebody.create_time()).alive
-    assert not processes.ProcessRef(pid=somebody.pid, created=somebody.create_time() - 60).alive
+    mine = identity()
+    assert processes.ProcessRef(pid=os.getpid(), identity=mine, created=0.0).alive
+    assert not processes.ProcessRef(pid=os.getpid(), identity=f"{mine[:-1]}x", created=0.0).alive
+    assert not processes.ProcessRef(pid=os.getpid(), identity="", created=0.0).alive
 
 
 def test_a_stubborn_process_is_killed(tmp_path: Path) -> None:
