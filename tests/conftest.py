@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 from collections.abc import Iterator
 
 import pytest
 
 from infra.stack import LocalStack
+
+# No test asks the metadata service of the cloud that it may run in; its answer, or its silence, would decide.
+os.environ.update(AWS_EC2_METADATA_DISABLED="true", NO_GCE_CHECK="true")
 
 
 @pytest.fixture(scope="session")
