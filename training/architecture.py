@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from starflow.architecture import FlowConfig
-from starflow.checkpoints import load_manifest, parse_checkpoint
+from starflow.checkpoints import list_steps, load_manifest, parse_checkpoint
 from starflow.errors import ConfigError, NotFoundError
 from starflow.objectstore import ObjectStore, open_store
 from starflow.presets import get_preset
@@ -15,13 +15,16 @@ _MAY_DIFFER = ("grid", "patch")
 
 
 def check(store: ObjectStore, config: TrainConfig) -> tuple[FlowConfig, Snapshot]:
-    """The model and the snapshot of a new run. Raises ConfigError or NotFoundError for what cannot be trained."""
+    """The model and the snapshot of a run. Raises ConfigError or NotFoundError for what cannot be trained.
+
+    The checkpoint that a new run starts from is not needed, and may be gone, once the run has one of its own.
+    """
     flow = architecture(config)
     snapshot = load_snapshot(store, config.snapshot)
     check_data(flow, snapshot, config.preset)
     if flow.text_length and config.text_encoder is None:
         raise ConfigError(f"preset {config.preset} reads text; set text_encoder, for example text_encoder=minilm")
-    if config.init_from:
+    if config.init_from and not list_steps(store, config.run):
         check_initial(flow, config.init_from)
     return flow, snapshot
 

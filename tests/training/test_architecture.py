@@ -27,6 +27,11 @@ def test_first_weights_that_do_not_exist_are_named(make_config, store):
             check(store, make_config(init_from=checkpoint))
 
 
+def test_first_weights_may_be_gone_once_the_run_has_a_checkpoint(make_config, store):
+    store.write("runs/test/checkpoints/000000004.json", b"")
+    assert check(store, make_config(init_from=f"{store.url}/nope"))
+
+
 def test_first_weights_of_another_architecture_are_refused_but_for_patch_and_grid(make_config, store, monkeypatch):
     flow, _ = check(store, make_config())
 
