@@ -17,13 +17,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
-from starflow import manifest
+from starflow import __version__, manifest
 from starflow.architecture import FlowConfig
 from starflow.config import Config
 from starflow.encoders import TextIdentity, VAEIdentity
-from starflow.errors import ConfigError, CorruptError, NotFoundError
+from starflow.errors import ConfigError, CorruptError, NotFoundError, StoreError
 from starflow.manifest import ObjectRef
 from starflow.objectstore import ObjectStore
 
@@ -117,7 +117,7 @@ def list_steps(store: ObjectStore, run: str) -> list[int]:
 
 
 def load_manifest(store: ObjectStore, run: str, step: int | Literal["newest"] = "newest") -> Checkpoint:
-    """The manifest of a checkpoint. Raises NotFoundError naming what there is."""
+    """The manifest of a checkpoint. Raises NotFoundError naming what there is, StoreError for another release's."""
     steps = list_steps(store, run)
     if not steps:
         raise no_checkpoints(store, run)
@@ -125,8 +125,16 @@ def load_manifest(store: ObjectStore, run: str, step: int | Literal["newest"] = 
     if wanted not in steps:
         known = ", ".join(map(str, steps))
         raise NotFoundError(f"checkpoint {step} of run {run!r} is not in {store.url}; committed steps: {known}")
-    body = manifest.load(store, checkpoint_key(run, int(wanted)), KIND, VERSION)
-    return Checkpoint.model_validate(body)
+    key = checkpoint_key(run, int(wanted))
+    body = manifest.load(store, key, KIND, VERSION)
+    try:
+        return Checkpoint.model_validate(body)
+    except ValidationError as error:
+        wrong = ", ".join(".".join(map(str, problem["loc"])) for problem in error.errors())
+        raise StoreError(
+            f"{store.url}/{key} has fields that this release does not read ({wrong}); use release "
+            f"{body.get('code', 'that wrote it')}, this one is {__version__}"
+        ) from error
 
 
 def no_checkpoints(store: ObjectStore, run: str) -> NotFoundError:

@@ -9,13 +9,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from pydantic import ValidationError
 from torch import Tensor
 
 from starflow import manifest
 from starflow.checkpoints import (
-    KIND,
-    VERSION,
     Checkpoint,
     FragmentReader,
     Shard,
@@ -23,6 +20,7 @@ from starflow.checkpoints import (
     checkpoint_key,
     fragments_in,
     list_steps,
+    load_manifest,
 )
 from starflow.errors import ConfigError, CorruptError, NotFoundError
 from starflow.objectstore import ObjectStore
@@ -38,17 +36,19 @@ log = logging.getLogger(__name__)
 def resume(store: ObjectStore, config: TrainConfig, engine: Engine, ema: EMA) -> Checkpoint | None:
     """Fills engine and average from the run's newest good checkpoint; None when the run has none yet.
 
-    All ranks call it and agree on the step: what one of them cannot read and verify is set aside by rank 0,
-    and the one before is tried. Raises CorruptError when none is left, ConfigError for another configuration.
+    All ranks call it and agree on the step: when one of them cannot read and verify it, the one before is tried.
+    Those that were passed over are set aside by rank 0, but not before an older one is loaded: while none verifies
+    all stay, for whoever restores their objects. Raises CorruptError then, ConfigError for another configuration.
     """
     folder = config.folder / "resume" / str(dist.get_rank())
+    passed_over: dict[int, str] = {}
     steps = [list_steps(store, config.run)]
     dist.broadcast_object_list(steps, 0)
     checkpoint: Checkpoint | None
     reason: str | None
     for step in reversed(steps[0]):
         try:
-            checkpoint = _load(store, config.run, step)
+            checkpoint = load_manifest(store, config.run, step)
             check_same_run(config, engine, checkpoint)
             _download(store, checkpoint, engine, folder)
             reason = None
@@ -59,15 +59,17 @@ def resume(store: ObjectStore, config: TrainConfig, engine: Engine, ema: EMA) ->
         if checkpoint is not None and not any(reasons):
             fill(engine, ema, checkpoint, folder)
             shutil.rmtree(folder)
+            if dist.get_rank() == 0:
+                _set_aside(store, config.run, passed_over)
             return checkpoint
+        passed_over[step] = next(reason for reason in reasons if reason)
         if dist.get_rank() == 0:
-            bad = next(reason for reason in reasons if reason)
-            log.warning("checkpoint %d is set aside, going back to the one before: %s", step, bad)
-            _set_aside(store, config.run, step)
-    if steps[0]:
+            log.warning("checkpoint %d does not verify, going back to the one before: %s", step, passed_over[step])
+    if passed_over:
+        newest, reason = next(iter(passed_over.items()))
         raise CorruptError(
-            f"run {config.run!r} has checkpoints but none verifies ({', '.join(map(str, steps[0]))}); restore the "
-            f"objects named above in {store.url}, or start another run"
+            f"run {config.run!r} has checkpoints but none verifies ({', '.join(map(str, steps[0]))}; of {newest}: "
+            f"{reason}); restore the objects of one in {store.url}, or start another run"
         )
     return None
 
@@ -131,13 +133,6 @@ def _restore_random(path: Path) -> None:
         torch.cuda.set_rng_state(saved["random/cuda"])
 
 
-def _load(store: ObjectStore, run: str, step: int) -> Checkpoint:
-    try:
-        return Checkpoint.model_validate(manifest.load(store, checkpoint_key(run, step), KIND, VERSION))
-    except ValidationError as error:
-        raise CorruptError(f"the manifest of checkpoint {step} of run {run!r} is malformed: {error}") from error
-
-
 def _download(store: ObjectStore, checkpoint: Checkpoint, engine: Engine, folder: Path) -> None:
     """Brings the verified objects that this rank needs to `folder`."""
     shutil.rmtree(folder, ignore_errors=True)
@@ -172,9 +167,11 @@ def _needed(store: ObjectStore, checkpoint: Checkpoint, engine: Engine) -> list[
     return needed
 
 
-def _set_aside(store: ObjectStore, run: str, step: int) -> None:
-    """Moves a bad manifest out of the way, so that the step can be committed anew."""
-    key = checkpoint_key(run, step)
-    if store.head(key) is not None:
-        store.write(f"runs/{run}/bad/{step:09d}.json", store.read(key))
-        store.delete([key])
+def _set_aside(store: ObjectStore, run: str, steps: Iterable[int]) -> None:
+    """Moves bad manifests out of the way, so that the steps can be committed anew."""
+    for step in steps:
+        key, bad = checkpoint_key(run, step), f"runs/{run}/bad/{step:09d}.json"
+        if store.head(key) is not None:
+            store.write(bad, store.read(key))
+            store.delete([key])
+            log.warning("checkpoint %d is set aside as %s/%s", step, store.url, bad)

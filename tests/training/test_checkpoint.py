@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -11,8 +12,8 @@ import torch
 from safetensors.torch import load
 
 from starflow import manifest
-from starflow.checkpoints import load_manifest, read_weights
-from starflow.errors import ConfigError, CorruptError
+from starflow.checkpoints import list_steps, load_manifest, read_weights
+from starflow.errors import ConfigError, CorruptError, StoreError
 from tests.training.one_rank import Setup
 from training.checkpoint import Snapshot
 from training.lease import Lease
@@ -114,13 +115,28 @@ def test_a_run_taken_over_by_another_writer_commits_nothing(saved, store, metric
     assert load_manifest(store, "test").step == 4
 
 
-def test_missing_objects_fall_back_and_nothing_left_is_an_error(saved, make_config, store):
-    store.delete([load_manifest(store, "test", 4).shards[0].optimizer.key])
+def test_missing_objects_fall_back_and_nothing_left_moves_nothing(saved, make_config, store):
+    newest, oldest = load_manifest(store, "test", 4).shards[0].optimizer.key, load_manifest(store, "test", 2)
+    data = {key: store.read(key) for key in (newest, oldest.shards[0].ema.key)}
+    store.delete(data)
     other = Setup(make_config(ranks=1), seed=5)
-    assert resume(store, other.config, other.engine, other.ema).step == 2
-    store.write("runs/test/checkpoints/000000002.json", b"{}")
-    with pytest.raises(CorruptError, match="none verifies"):
+    with pytest.raises(CorruptError, match=r"none verifies \(2, 4; of 4: .*optimizer-00000.* does not exist"):
         resume(store, other.config, other.engine, other.ema)
+    assert list_steps(store, "test") == [2, 4]  # once one is restored, as the error asks, the run goes on from it
+    store.write(oldest.shards[0].ema.key, data[oldest.shards[0].ema.key])
+    assert resume(store, other.config, other.engine, other.ema).step == 2
+    assert list_steps(store, "test") == [2]
+    assert store.head("runs/test/bad/000000004.json")
+
+
+def test_a_checkpoint_of_a_release_with_other_fields_is_refused_and_stays(saved, make_config, store):
+    key = "runs/test/checkpoints/000000004.json"
+    body = json.loads(store.read(key))
+    store.write(key, json.dumps(body | {"code": "9.9", "more": 1}).encode())
+    other = Setup(make_config(ranks=1), seed=5)
+    with pytest.raises(StoreError, match=r"000000004.json.*more.*release 9\.9"):
+        resume(store, other.config, other.engine, other.ema)
+    assert list_steps(store, "test") == [2, 4]
 
 
 @pytest.mark.parametrize(
