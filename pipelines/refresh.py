@@ -7,7 +7,6 @@ the Prefect flow run the same list of stages.
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 import time
 from collections import Counter
@@ -270,8 +269,8 @@ def encode(state: RefreshState) -> Counts:
     tables = [record.samples.key for record in records if record.count]
     if not tables:
         return {}
-    from pipelines.encode import EncodeConfig
     from pipelines.encode import encode as encode_tables
+    from pipelines.encode_plan import EncodeConfig, request_hash
 
     settings = state.config.model_dump(include=set(EncodeConfig.model_fields))
     config = EncodeConfig(**settings, address=state.config.ray_address)
@@ -279,15 +278,11 @@ def encode(state: RefreshState) -> Counts:
         state.store,
         tables,
         config,
-        f"{state.workspace.prefix}encode/{_digest(tables, config)}",
+        # A list or settings that change meanwhile are other work; more actors go on with the same.
+        f"{state.workspace.prefix}encode/{request_hash(tables, config)[:16]}",
         lambda done, total: state.progress("encode", done, total),
     )
     return {"parts": len(state.encoded.parts), "dropped": dict(state.encoded.dropped)}
-
-
-def _digest(tables: list[str], config: Config) -> str:
-    """Names the encode work by what it is for: a list or settings that change meanwhile are other work."""
-    return hashlib.sha256(f"{tables}{config.model_dump_json()}".encode()).hexdigest()[:16]
 
 
 def publish(state: RefreshState) -> Counts:
