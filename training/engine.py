@@ -185,7 +185,7 @@ class Engine:
         """ZeRO 0: gradients are whole on every rank, and DeepSpeed would apply them whatever they are."""
         norm = nn.utils.get_total_norm([p.grad for p in self.flow.parameters() if p.grad is not None])
         self._norm = float(norm)
-        applied = not skip and self._norm <= self.norm_limit  # False for NaN
+        applied = not skip and self._is_fit(self._norm)
         if applied:
             self._engine.step()
         else:
@@ -203,7 +203,7 @@ class Engine:
         def unfit(*args: Any, **kwargs: Any) -> bool:
             norm = float(self._global_norm())
             self._norm = norm if norm >= 0 else math.nan  # DeepSpeed's sign for "not finite" is -1
-            optimizer.overflow = self._skip or not self._norm <= self.norm_limit
+            optimizer.overflow = self._skip or not self._is_fit(self._norm)
             return bool(optimizer.overflow)
 
         if self.config.zero_stage == 3:
@@ -211,6 +211,9 @@ class Engine:
         else:
             optimizer.check_grad_overflow = True
             optimizer.has_overflow = unfit
+
+    def _is_fit(self, norm: float) -> bool:
+        return math.isfinite(norm) and norm <= self.norm_limit  # at first the limit is infinite, too
 
     def _global_norm(self) -> Any:
         optimizer = self._engine.optimizer

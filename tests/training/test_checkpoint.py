@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import threading
@@ -177,6 +178,19 @@ def test_spikes_and_nans_leave_weights_and_moments_alone(make_config, stage):
     assert all(torch.equal(a, b) for a, b in zip(setup.state(), before, strict=True))
     setup.engine.backward([batch])
     assert setup.engine.step(1e-3).applied
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_gradients_that_overflow_under_a_finite_loss_are_skipped_from_the_first_step(make_config, stage):
+    setup = Setup(make_config(ranks=1, zero_stage=stage))
+    before = setup.state()
+    parameter = next(setup.engine.flow.parameters())
+    hook = parameter.register_hook(lambda gradient: torch.full_like(gradient, math.inf))
+    loss, _ = setup.engine.backward([(torch.randn(8, 4, 8, 8), torch.zeros(8, 6, 24))])
+    hook.remove()
+    assert math.isfinite(loss)
+    assert not setup.engine.step(1e-3).applied  # before there is a usual norm, with no limit
+    assert same(setup.state(), before)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
