@@ -200,16 +200,15 @@ def caption_batch(
     table = get_table(store, crawl.fetched)
     table = table.filter(pc.equal(table["status"], "ok"))
     alts = AltText().caption([], table["caption"].to_pylist())
-    own_weight = 1.0 if isinstance(captioner, AltText) else config.alt_weight
-    layers = [(AltText.name, AltText.version, own_weight, alts)]
+    layers = [(AltText.name, AltText.version, alts)]
     if not isinstance(captioner, AltText) and crawl.images is not None:
         prefix = f"{batch.folder}captions/{config.digest(CAPTION_SETTINGS)}/"
         texts = _model_captions(prefix, crawl.images, table, alts, captioner)
-        layers.append((captioner.name, captioner.version, 1.0, texts))
+        layers.append((captioner.name, captioner.version, texts))
     captions = [
         [
-            {"text": texts[row], "origin": origin, "version": version, "weight": weight}
-            for origin, version, weight, texts in layers
+            {"text": texts[row], "origin": origin, "version": version, "weight": 1.0}
+            for origin, version, texts in layers
             if texts[row]
         ]
         for row in range(len(table))
@@ -271,12 +270,15 @@ def apply_score(
                 reasons[kept[number]] = "low_score"
 
 
-def candidates(store: ObjectStore, crawl: CrawlRecord, caption: CaptionRecord) -> pa.Table:
-    """The batch's fetched pictures with their captions: what filters look at."""
+def candidates(store: ObjectStore, crawl: CrawlRecord, caption: CaptionRecord, config: RefreshConfig) -> pa.Table:
+    """The batch's fetched pictures with their captions, weighed as configured: what filters look at."""
     table = get_table(store, crawl.fetched)
     table = table.filter(pc.equal(table["status"], "ok"))
-    captions = get_table(store, caption.captions)
-    return table.append_column("captions", captions["captions"])  # the same pictures in the same order
+    captions = get_table(store, caption.captions)["captions"].to_pylist()  # the same pictures in the same order
+    if config.captioner != "alt":
+        for text in (text for texts in captions for text in texts if text["origin"] == AltText.name):
+            text["weight"] = config.alt_weight
+    return table.append_column("captions", pa.array(captions, CAPTIONS))
 
 
 def filter_batch(

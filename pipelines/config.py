@@ -18,11 +18,12 @@ from starflow.urls import host_alone
 
 #: The name that robots.txt and X-Robots-Tag rules address us by.
 AGENT_TOKEN = "starflow"
-#: Settings that decide the captions of a picture, and those that decide, with these, whether it is kept.
-CAPTION_SETTINGS = ("captioner", "captioner_model", "caption_prompt", "caption_tokens", "alt_weight")
+#: Settings that decide the captions of a picture, and those that decide, with these, how they are weighed and whether
+#: it is kept.
+CAPTION_SETTINGS = ("captioner", "captioner_model", "caption_prompt", "caption_tokens")
 FILTER_SETTINGS = (
     *("min_size", "max_aspect_ratio", "min_spread", "min_text", "max_text", "block_words", "languages"),
-    *("near_duplicates", "score", "min_score"),
+    *("near_duplicates", "score", "min_score", "alt_weight"),
 )
 #: X-Robots-Tag directives that keep a picture out (`none` means noindex and nofollow).
 OPT_OUT_DIRECTIVES = ("noai", "noimageai", "noml", "none", "noindex", "noimageindex")

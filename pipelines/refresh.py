@@ -222,7 +222,7 @@ def _filter_window(state: RefreshState, window: list[Batch]) -> list[batches.Fil
     tables, verdicts = [], []
     for batch, record in zip(window, crawls, strict=True):
         captions = batches.load_record(state.store, batch, batches.CaptionRecord)
-        rows = batches.candidates(state.store, record, captions)
+        rows = batches.candidates(state.store, record, captions, state.config)
         reasons = apply_filters(rows, filters)
         reasons[state.takedowns.blocks(rows["id"].to_pylist(), rows["url"].to_pylist())] = "takedown"
         tables.append(rows)

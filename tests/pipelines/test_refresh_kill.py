@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipelines.ledger import Ledger, get_table
@@ -162,3 +163,39 @@ def test_other_settings_after_a_kill_hold_for_all_that_is_not_published(
     snapshot = newest_snapshot(open_store(bench.store))
     assert snapshot is not None
     assert snapshot.versions["captioner"].startswith("seer ")
+
+
+@pytest.fixture
+def encodings(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], str]]:
+    """Tables and work of each call of the encoder, which dies at once."""
+    calls: list[tuple[list[str], str]] = []
+
+    def killed(store: Any, tables: list[str], config: Any, work: str, on_progress: Any) -> None:
+        calls.append((tables, work))
+        raise KilledError
+
+    monkeypatch.setattr("pipelines.encode.encode", killed)
+    return calls
+
+
+def test_other_actors_go_on_with_the_same_encoding(bench: Bench, encodings: list[tuple[list[str], str]]) -> None:
+    listed = bench.write_list({url(0): png(0)})
+    for settings in ({}, {"actors": 5, "cpus_per_actor": 2, "vae_batch": 7, "ray_address": "auto"}, {"patch": 2}):
+        with pytest.raises(KilledError):
+            bench.refresh(listed, **settings)
+    assert encodings[0] == encodings[1] != encodings[2]
+
+
+def test_another_weight_of_alt_texts_asks_for_no_caption_again(
+    bench: Bench, encodings: list[tuple[list[str], str]]
+) -> None:
+    listed = bench.write_list({url(0): png(0)})
+    with serve_endpoint() as endpoint:
+        for weight in (0.5, 0.25):
+            with pytest.raises(KilledError):
+                bench.refresh(listed, captioner=endpoint.url, captioner_model="seer", alt_weight=weight)
+        assert len(endpoint.requests) == 1
+    store = open_store(bench.store)
+    captions = [pq.read_table(pa.BufferReader(store.read(tables[0])))["captions"] for tables, _ in encodings]
+    weights = [[caption["weight"] for caption in each.to_pylist()[0]] for each in captions]
+    assert weights == [[0.5, 1.0], [0.25, 1.0]]
