@@ -9,11 +9,13 @@ import shlex
 import tempfile
 import threading
 import time
+from asyncio import CancelledError
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 from uuid import UUID
 
+import httpx
 from prefect import flow, get_run_logger
 from prefect.artifacts import (
     create_image_artifact,
@@ -22,6 +24,7 @@ from prefect.artifacts import (
     create_table_artifact,
     update_progress_artifact,
 )
+from prefect.exceptions import PrefectException, TerminationSignal
 
 from infra.launch import Launch, LaunchConfig, active, logs, status, stop, submit
 from pipelines.flows import secrets_to_environment
@@ -42,6 +45,10 @@ RECIPE_FIELDS = frozenset(key for recipe in RECIPES.values() for key in recipe)
 SAVE_SECONDS = 8.0
 #: Seconds between looks at the metrics, at machines whose log has nothing new, and between pages with new pictures.
 LOOK_EVERY, ASK_EVERY, PAGE_EVERY = 2.0, 15.0, 600.0
+#: What a store, a machine or Prefect's server out of reach raises.
+OUT_OF_REACH = (StarflowError, PrefectException, httpx.HTTPError, OSError)
+
+T = TypeVar("T")
 
 
 @flow(name="train")
@@ -64,9 +71,9 @@ def train(**parameters: Any) -> dict[str, Any]:
             launch = submit(config, where)
     try:
         end = follow(launch, page.update)
-    except BaseException:  # also a cancellation, which Prefect raises in the main thread
+    except (TerminationSignal, KeyboardInterrupt, CancelledError):  # cancelled; an error ends only what follows
         stop(launch, SAVE_SECONDS)
-        page.publish()
+        _unless_out_of_reach(page.publish)
         raise
     answer = page.publish()
     if end["state"] == "completed":
@@ -102,7 +109,10 @@ def launch_command(settings: dict[str, Any], where: LaunchConfig) -> str:
 
 
 def follow(launch: Launch, update: Callable[[], None]) -> dict[str, Any]:
-    """Copies the log of the first machine into the run's log until all have ended; returns the launch's status."""
+    """Copies the log of the first machine into the run's log until all have ended; returns the launch's status.
+
+    Goes on when the store, the machines or Prefect's server are out of reach for a while, as the training does.
+    """
     log, lines = get_run_logger(), queue.Queue[str | None]()
     threading.Thread(target=_read_log, args=(launch, lines), daemon=True).start()
     reading, asked = True, time.monotonic()
@@ -110,7 +120,7 @@ def follow(launch: Launch, update: Callable[[], None]) -> dict[str, Any]:
         try:
             line = lines.get(timeout=LOOK_EVERY)
         except queue.Empty:
-            update()
+            _unless_out_of_reach(update)
             if time.monotonic() - asked < ASK_EVERY and reading:
                 continue
         else:
@@ -118,10 +128,18 @@ def follow(launch: Launch, update: Callable[[], None]) -> dict[str, Any]:
             if line is not None:
                 log.info(line)
                 continue
-        asked, now = time.monotonic(), status(launch)
-        if not now["alive"]:
-            update()
+        asked, now = time.monotonic(), _unless_out_of_reach(lambda: status(launch))
+        if now and not now["alive"]:
+            _unless_out_of_reach(update)
             return now
+
+
+def _unless_out_of_reach(ask: Callable[[], T]) -> T | None:
+    try:
+        return ask()
+    except OUT_OF_REACH as error:
+        get_run_logger().warning("cannot show all there is, trying again: %s", error)
+        return None
 
 
 def _read_log(launch: Launch, lines: queue.Queue[str | None]) -> None:

@@ -7,11 +7,14 @@ import shlex
 import subprocess
 import sys
 import types
+from asyncio import CancelledError
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
+import httpx
 import pytest
+from prefect.exceptions import TerminationSignal
 from prefect.utilities.callables import parameter_schema
 from typer.testing import CliRunner
 
@@ -82,11 +85,31 @@ class _Launched:
         monkeypatch.setattr(train_flow, "LOOK_EVERY", 0.01)
         monkeypatch.setattr(train_flow, "logs", lambda launch, follow: iter(self.lines))
         monkeypatch.setattr(train_flow, "status", self.status)
-        monkeypatch.setattr(train_flow, "get_run_logger", lambda: types.SimpleNamespace(info=self.logged.append))
+        log = types.SimpleNamespace(
+            info=lambda text, *values: self.logged.append(text % values if values else text),
+            warning=lambda text, *values: self.logged.append(text % values),
+        )
+        monkeypatch.setattr(train_flow, "get_run_logger", lambda: log)
 
     def status(self, launch: Any) -> dict[str, Any]:
         self.asked += 1
         return self.end | {"alive": self.asked < 3}
+
+    def flow(self, monkeypatch: pytest.MonkeyPatch, folder: Path, error: BaseException) -> list[Any]:
+        """Runs the flow, which `error` ends while it follows the launch; what it stopped."""
+        stopped: list[Any] = []
+        monkeypatch.setattr(train_flow, "stop", lambda launch, seconds: stopped.append(launch))
+        monkeypatch.setattr(train_flow, "active", lambda store, run: types.SimpleNamespace(submitted="now"))
+        monkeypatch.setattr(train_flow, "secrets_to_environment", lambda: None)
+        monkeypatch.setattr(train_flow, "create_progress_artifact", lambda *_, **__: "id")
+        monkeypatch.setattr(train_flow, "follow", lambda launch, update: _raise(error))
+        with pytest.raises(type(error)):
+            train.fn(store=str(folder), run="a")
+        return stopped
+
+
+def _raise(error: BaseException) -> Any:
+    raise error
 
 
 def test_the_log_is_copied_until_all_machines_have_ended(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,6 +130,32 @@ def test_a_log_out_of_reach_ends_no_training(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(train_flow, "logs", fails)
     assert train_flow.follow(cast(Any, launched), lambda: None)["state"] == "completed"
     assert launched.logged == ["the log cannot be followed: no such machine"]
+
+
+def test_a_store_or_a_server_out_of_reach_ends_no_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched = _Launched(monkeypatch, [], state="completed")
+    errors: list[Exception] = [StarflowError("the store is out"), httpx.ConnectError("the server is out")] * 2
+    status = launched.status
+
+    def ask(launch: Any) -> dict[str, Any]:
+        answer = status(launch)
+        return _raise(StarflowError("nobody answers")) if launched.asked == 1 else answer
+
+    monkeypatch.setattr(train_flow, "status", ask)
+    end = train_flow.follow(cast(Any, launched), lambda: _raise(errors.pop()) if errors else None)
+    assert (end["state"], launched.asked) == ("completed", 3)
+    assert all(any(cause in line for line in launched.logged) for cause in ("the server is out", "nobody answers"))
+
+
+@pytest.mark.parametrize("error", [TerminationSignal(signal=15), KeyboardInterrupt(), CancelledError()])
+def test_a_cancelled_flow_stops_its_training(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: BaseException
+) -> None:
+    assert len(_Launched(monkeypatch, []).flow(monkeypatch, tmp_path, error)) == 1
+
+
+def test_a_flow_that_fails_leaves_its_training_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert not _Launched(monkeypatch, []).flow(monkeypatch, tmp_path, RuntimeError("of the page"))
 
 
 if __name__ == "__main__":
