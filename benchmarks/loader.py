@@ -153,6 +153,9 @@ def many_shards(folder: Path, shards: int = 100_000, parts: int = 400) -> tuple[
     for number in range(parts):
         plan = plan_part(str(number), (32, 32), each * 4096, VAE, shard_bytes=2**25)
         refs = [_fake_shard(plan.id, k, candidates[k]) for k in range(each)]
+        for ref in (ref for shard in refs for ref in shard.objects.values()):
+            (folder / ref.key).parent.mkdir(parents=True)  # empty: they are listed when published, and never read
+            (folder / ref.key).touch()
         index = manifest.put(store, f"parts/{plan.id}/index.parquet", write_index(refs))
         published.append(
             Part(

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from typing import Any
 
@@ -23,9 +24,12 @@ from starflow.encoders import TextIdentity, VAEIdentity
 from starflow.errors import AlreadyExistsError, NotFoundError, StoreError
 from starflow.manifest import ObjectRef
 from starflow.objectstore import ObjectStore
+from starflow.shardindex import read_index
 
 KIND, VERSION = "snapshot", 1
 PREFIX = "snapshots/"
+#: Parts looked at in parallel.
+_THREADS = 8
 
 
 class ArraySpec(Config):
@@ -134,8 +138,8 @@ def publish(
     publishing the same content again returns what was published first. `takedowns` is inherited. `added` is how many
     samples the parent does not hold (None: those of all parts that it does not hold, none of which it has rewritten).
 
-    Raises StoreError for parts without samples, of different VAEs or of another image size than the parent's, and
-    AlreadyExistsError when somebody else has published on top of `parent` meanwhile.
+    Raises StoreError for parts without samples, of different VAEs, of another image size than the parent's, or whose
+    objects are gone, and AlreadyExistsError when somebody else has published on top of `parent` meanwhile.
     """
     _check_parts(parent, parts, image_size, bool(withdrawn))
     takedowns = takedowns or (parent.takedowns if parent else None)
@@ -147,6 +151,7 @@ def publish(
         _PARTS.validate_json(listed)  # what no reader takes would close the store to everybody
     except ValidationError as error:
         raise StoreError(f"these parts could not be read back, so nothing is published: {error}") from error
+    _check_present(store, parent, parts)
     part_list = manifest.put(store, f"partlists/{hashlib.sha256(listed).hexdigest()[:32]}.json", listed)
     body: dict[str, Any] = {
         "number": parent.number + 1 if parent else 1,
@@ -194,6 +199,43 @@ def _check_parts(parent: Snapshot | None, parts: Sequence[Part], image_size: int
                 f"part {part.id} was encoded by the VAE {part.vae.name} ({part.vae.sha256[:12]}), the snapshot "
                 f"holds latents of {expected.name} ({expected.sha256[:12]}); use another store for another VAE"
             )
+
+
+def _check_present(store: ObjectStore, parent: Snapshot | None, parts: Sequence[Part]) -> None:
+    """What was written long before it is published, say before a gate opened, may have been collected as garbage."""
+    old = {part.id: part for part in parent.parts} if parent else {}
+    new = [part for part in parts if part != old.get(part.id)]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        gone = [key for keys in pool.map(lambda part: _missing(store, part), new) for key in keys]
+    if gone:
+        raise StoreError(
+            f"{len(gone)} objects of what was to be published are gone from {store.url}, such as {gone[0]}: garbage "
+            "collection takes what nobody has published for long; run the same command again, which makes them anew"
+        )
+
+
+def _missing(store: ObjectStore, part: Part) -> list[str]:
+    present = {info.key for info in store.list(f"parts/{part.id}/")}
+    tables = [part.index.key, *(layer.text.index.key for layer in part.captions if layer.text)]
+    if not present.issuperset(tables):
+        return [key for key in tables if key not in present]
+    return [ref.key for ref in part_objects(store, part) if ref.key not in present]
+
+
+def part_objects(store: ObjectStore, part: Part) -> list[ObjectRef]:
+    """Every object with a checksum that a part consists of. Raises NotFoundError or CorruptError for its index."""
+    refs = [part.index, part.samples]
+    indices = [(part.index, part.arrays)]
+    for layer in part.captions:
+        refs.append(layer.captions)
+        if layer.text:
+            refs.append(layer.text.index)
+            indices.append((layer.text.index, {layer.text.array: layer.text.spec}))
+    for ref, arrays in indices:
+        index = read_index(part.id, manifest.get(store, ref), part.shard)
+        for name, spec in arrays.items():
+            refs += [index.object(name, shard, len(spec.shape)) for shard in range(len(index.rows))]
+    return refs
 
 
 def _counts(parent: Snapshot | None, parts: Sequence[Part], added: int | None) -> Counts:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -18,17 +18,17 @@ from pydantic import Field
 from starflow import manifest
 from starflow.config import Config
 from starflow.errors import CorruptError, NotFoundError
-from starflow.manifest import ObjectRef
 from starflow.objectstore import ObjectStore
 from starflow.parts import samples_key
-from starflow.shardindex import read_index
 from starflow.snapshots import (
     KIND,
     VERSION,
     Part,
     Snapshot,
+    list_snapshots,
     load_snapshot,
     part_list_ref,
+    part_objects,
     snapshot_key,
     snapshot_numbers,
 )
@@ -100,7 +100,7 @@ def verify(store: ObjectStore, snapshot: Snapshot, read: bool = False) -> list[s
 def _verify_part(store: ObjectStore, part: Part, read: bool) -> list[str]:
     sizes = {info.key: info.size for info in store.list(f"parts/{part.id}/")}
     try:
-        refs = _objects(store, part)
+        refs = part_objects(store, part)
     except (CorruptError, NotFoundError) as error:
         return [str(error)]
     metadata = [f"parts/{part.id}/{folder}zarr.json" for folder in ("", *(f"{array}/" for array in part.arrays))]
@@ -116,22 +116,6 @@ def _verify_part(store: ObjectStore, part: Part, read: bool) -> list[str]:
             except (CorruptError, NotFoundError) as error:
                 problems.append(str(error))
     return problems
-
-
-def _objects(store: ObjectStore, part: Part) -> list[ObjectRef]:
-    """Every object with a checksum that a part consists of."""
-    refs = [part.index, part.samples]
-    indices = [(part.index, part.arrays)]
-    for layer in part.captions:
-        refs.append(layer.captions)
-        if layer.text:
-            refs.append(layer.text.index)
-            indices.append((layer.text.index, {layer.text.array: layer.text.spec}))
-    for ref, arrays in indices:
-        index = read_index(part.id, manifest.get(store, ref), part.shard)
-        for name, spec in arrays.items():
-            refs += [index.object(name, shard, len(spec.shape)) for shard in range(len(index.rows))]
-    return refs
 
 
 class Garbage(Config):
@@ -167,15 +151,18 @@ def collect_garbage(
 
     Killed at any moment, the same call again ends the same: what goes is recorded before the first deletion.
     """
-    heads = [_Head.load(store, number) for number in snapshot_numbers(store)]
+    heads = list_snapshots(store)
     withdrawn = {f"parts/{part}/" for head in heads for part in head.withdrawn}
     first_kept = len(heads) - max(keep, 1) if keep is not None else 0
-    going = [
-        head
-        for position, head in enumerate(heads[:-1])
-        if position < first_kept or not withdrawn.isdisjoint(head.groups)
-    ]
-    referenced = {group for head in heads if head not in going for group in head.groups}
+    going: list[_Going] = []
+    referenced: set[str] = set()
+    for position, head in enumerate(heads):
+        part_list, named = _named(store, head.number)
+        tainted = not withdrawn.isdisjoint(named)
+        if position < first_kept or (tainted and head is not heads[-1]):
+            going.append(_Going(head.id, head.number, part_list, tainted))
+        else:
+            referenced |= named
     groups = _groups(store)
     unreferenced = {group: groups[group] for group in groups if _is_unreferenced(group, referenced)}
     takedowns = Takedowns.load(store, heads[-1].takedowns) if heads else Takedowns()
@@ -187,14 +174,12 @@ def collect_garbage(
     if not dry_run:
         _write_marks(store, marks)  # where the reason to go at once may go first
         store.delete([snapshot_key(head.number) for head in going])  # manifests before what they name
-        taken_up = _published_since(store, heads)
-        ripe = [group for group in ripe if group not in taken_up]
-        for group in ripe:
-            _delete_group(store, group)
+        newer = _Newer(store, heads[-1].number if heads else 0)
+        ripe = list(_delete_unnamed(store, ripe, newer))
         _write_marks(store, waiting)
     return Garbage(
         snapshots=tuple(head.id for head in going),
-        withdrawn=tuple(head.id for head in going if not withdrawn.isdisjoint(head.groups)),
+        withdrawn=tuple(head.id for head in going if head.tainted),
         groups=tuple(sorted(ripe)),
         objects=sum(unreferenced[group][0] for group in ripe),
         bytes=sum(unreferenced[group][1] for group in ripe),
@@ -205,32 +190,39 @@ def collect_garbage(
 
 
 @dataclass(frozen=True)
-class _Head:
-    """What garbage collection needs of a snapshot: far less than all its parts."""
+class _Going:
+    """A snapshot that goes, and whether because a takedown withdrew parts of it."""
 
     id: str
     number: int
     part_list: str
-    withdrawn: tuple[str, ...]
-    takedowns: ObjectRef | None
-    groups: frozenset[str]
-
-    @classmethod
-    def load(cls, store: ObjectStore, number: int) -> _Head:
-        part_list = part_list_ref(manifest.load(store, snapshot_key(number), KIND, VERSION)).key
-        snapshot = load_snapshot(store, str(number))
-        groups = {part_list, *(f"parts/{part.id}/" for part in snapshot.parts)}
-        groups |= {_layer_group(layer.captions.key) for part in snapshot.parts for layer in part.captions}
-        if snapshot.takedowns:
-            groups.add(snapshot.takedowns.key)
-        return cls(snapshot.id, number, part_list, snapshot.withdrawn, snapshot.takedowns, frozenset(groups))
+    tainted: bool
 
 
-def _published_since(store: ObjectStore, heads: list[_Head]) -> set[str]:
-    """What newer snapshots than `heads` refer to: the same work done again takes up what has waited."""
-    newest = heads[-1].number if heads else 0
-    late = (_Head.load(store, number) for number in snapshot_numbers(store) if number > newest)
-    return {group for head in late for group in head.groups}
+def _named(store: ObjectStore, number: int) -> tuple[str, set[str]]:
+    """(key of the snapshot's list of parts, all groups that the snapshot refers to)."""
+    part_list = part_list_ref(manifest.load(store, snapshot_key(number), KIND, VERSION)).key
+    snapshot = load_snapshot(store, str(number))
+    groups = {part_list, *(f"parts/{part.id}/" for part in snapshot.parts)}
+    groups |= {_layer_group(layer.captions.key) for part in snapshot.parts for layer in part.captions}
+    if snapshot.takedowns:
+        groups.add(snapshot.takedowns.key)
+    return part_list, groups
+
+
+class _Newer:
+    """What snapshots newer than number `newest` refer to: the same work done again takes up what has waited."""
+
+    def __init__(self, store: ObjectStore, newest: int) -> None:
+        self.store, self.newest, self.groups = store, newest, set[str]()
+
+    def names(self, group: str) -> bool:
+        """Whether one of them, as of now, refers to the group."""
+        for number in snapshot_numbers(self.store):
+            if number > self.newest:
+                self.groups |= _named(self.store, number)[1]
+                self.newest = number
+        return group in self.groups
 
 
 def _part_group(key: str) -> str:
@@ -282,6 +274,13 @@ def _blocked(store: ObjectStore, groups: Iterable[str], takedowns: Takedowns, ho
             if takedowns.blocks(table["id"].to_pylist(), table["url"].to_pylist()).any():
                 blocked.add(part)
     return {f"parts/{part}/" for part in blocked | hopeless(unfinished, takedowns)}
+
+
+def _delete_unnamed(store: ObjectStore, groups: Iterable[str], newer: _Newer) -> Iterator[str]:
+    for group in groups:
+        if not newer.names(group):
+            _delete_group(store, group)
+            yield group
 
 
 def _delete_group(store: ObjectStore, group: str) -> None:

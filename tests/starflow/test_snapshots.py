@@ -1,17 +1,18 @@
 """Snapshots: content ids, one line of history, racing publishers, refusals."""
 
+import hashlib
 import threading
 
+import numpy as np
+import pyarrow as pa
 import pytest
 
 from starflow.encoders import VAEIdentity
 from starflow.errors import AlreadyExistsError, NotFoundError, StoreError
-from starflow.manifest import put
 from starflow.objectstore import open_store
+from starflow.parts import part_from_arrays
 from starflow.snapshots import (
-    ArraySpec,
     CaptionLayer,
-    Part,
     list_snapshots,
     load_snapshot,
     newest_snapshot,
@@ -27,12 +28,10 @@ def store(tmp_path):
 
 
 def make_part(store, name, count=3, vae=VAE):
-    ref = put(store, f"parts/{name}/index.parquet", name.encode())
-    spec = ArraySpec(shape=(count, 4, 2, 2), dtype="float16")
-    return Part(
-        id=name, grid=(2, 2), rows=count, count=count, chunk=2, shard=4, arrays={"mean": spec, "std": spec},
-        vae=vae, index=ref, samples=ref,
-    )  # fmt: skip
+    latents = np.zeros((count, 4, 2, 2), np.float16)
+    samples = pa.table({"id": [hashlib.sha256(f"{name} {n}".encode()).hexdigest() for n in range(count)],
+                        "url": [f"http://example.org/{name}/{n}" for n in range(count)]})  # fmt: skip
+    return part_from_arrays(store, vae, latents, latents, samples)
 
 
 def test_first_snapshot_reads_back(store):
@@ -94,6 +93,16 @@ def test_what_no_reader_could_load_is_not_published(store):
     with pytest.raises(StoreError, match="nothing is published"):
         publish(store, parent=None, parts=[wrong], image_size=32)
     assert newest_snapshot(store) is None
+
+
+@pytest.mark.parametrize("gone", ["samples.parquet", "index.parquet", "mean/c/0/0/0/0"])
+def test_what_has_been_collected_as_garbage_is_not_published(store, gone):
+    first = publish(store, parent=None, parts=[make_part(store, "a")], image_size=32)
+    part = make_part(store, "b")
+    store.delete([f"parts/{part.id}/{gone}"])
+    with pytest.raises(StoreError, match=rf"parts/{part.id}/{gone}.*same command again"):
+        publish(store, parent=first, parts=[*first.parts, part], image_size=32)
+    assert newest_snapshot(store) == first
 
 
 def test_refusals_name_the_thing(store):
