@@ -17,7 +17,7 @@ from PIL import Image
 
 from pipelines.captioners import AltText
 from pipelines.config import CAPTION_SETTINGS, RefreshConfig
-from pipelines.crawl import OUTCOME, fetch_batch
+from pipelines.crawl import OUTCOME, UNASKED, fetch_batch
 from pipelines.datasets import import_batch
 from pipelines.filters import load_score
 from pipelines.ledger import get_table, put_table
@@ -312,13 +312,18 @@ def filter_batch(
     return _replace_record(store, batch, record)  # type: ignore[no-any-return]
 
 
+def was_asked(fetched: pa.Table) -> pa.ChunkedArray:
+    """Which of the URLs were asked for, so that an attempt counts."""
+    return pc.invert(pc.is_in(fetched["reason"], pa.array(sorted(UNASKED))))
+
+
 def retry_rows(store: ObjectStore, crawl: CrawlRecord, max_attempts: int, patience: float) -> tuple[pa.Table, float]:
     """(the batch's URLs worth asking again soon, as rows of a plan; seconds that their servers ask us to wait)."""
     if not crawl.statuses.get("retry"):
         return ROWS.empty_table(), 0.0
     table = get_table(store, crawl.fetched)
     wait = pc.fill_null(table["retry_after"], 0.0)
-    attempts = pc.add(table["attempts"], pa.scalar(1, pa.int16()))
+    attempts = pc.add(table["attempts"], was_asked(table).cast(pa.int16()))
     chosen = pc.and_(pc.equal(table["status"], "retry"), pc.less_equal(wait, patience))
     chosen = pc.and_(chosen, pc.less(attempts, max_attempts))
     rows = table.set_column(table.schema.get_field_index("attempts"), "attempts", attempts).filter(chosen)

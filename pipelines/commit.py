@@ -24,9 +24,12 @@ from starflow import snapshots
 from starflow.errors import AlreadyExistsError, StarflowError
 from starflow.manifest import ObjectRef
 from starflow.snapshots import Part, Snapshot
+from starflow.urls import host_of
 
 #: Reasons that speak of our network or crawler, not of the URL.
 _OURS = frozenset(("dns", "connection", "timeout", "robots_unavailable", "crawl_lost", "batch_time_limit"))
+#: When so many hosts that were never asked before all fail so, it is our network, and not a dead host or two.
+_HOSTS = 3
 _KEPT_ROWS = 2**20
 _MAX_BACKOFF_SECONDS = 30 * 86400
 
@@ -74,13 +77,10 @@ def _removed(state: RefreshState) -> dict[str, int]:
 
 
 def _check_worth_keeping(state: RefreshState) -> None:
-    """Without a new sample, what was learned is worth keeping only beside a snapshot, and if it is about the URLs.
-
-    A retry that fails again, as a dead host does, is about the URL.
-    """
-    reasons = set(state.dropped)
-    if state.parent is not None and not (reasons and reasons <= _OURS and _asks_anew(state)):
+    """Without a new sample, what was learned is worth keeping only beside a snapshot, and if it is about the URLs."""
+    if state.parent is not None and not _is_network_down(state):
         return
+    reasons = set(state.dropped)
     counted = ", ".join(f"{reason} {count}" for reason, count in state.dropped.items())
     asked = sum(batch.count for plan in state.plans if not plan.round for batch in plan.batches)
     remedy = "check the network, and allow_host for hosts of your own" if reasons <= _OURS else "check the list"
@@ -92,10 +92,20 @@ def _check_worth_keeping(state: RefreshState) -> None:
     )
 
 
-def _asks_anew(state: RefreshState) -> bool:
-    """Whether the refresh has asked for any URL for the first time."""
-    asked = (batch.rows for plan in state.plans if not plan.round for batch in plan.batches)
-    return any(pc.any(pc.equal(get_table(state.store, rows)["attempts"], 0)).as_py() for rows in asked)
+def _is_network_down(state: RefreshState) -> bool:
+    """Whether several hosts were asked for the first time, and not one of all that were asked has answered.
+
+    A retry that fails again, as a dead host does, is about the URL.
+    """
+    if not set(state.dropped) <= _OURS | {"duplicate_url"}:
+        return False
+    hosts: set[str] = set()
+    for batch in state.batches:
+        if batches.load_record(state.store, batch, batches.CrawlRecord).statuses.get("unchanged"):
+            return False
+        rows = get_table(state.store, batch.rows)
+        hosts.update(map(host_of, rows.filter(pc.equal(rows["attempts"], 0))["url"].to_pylist()))
+    return len(hosts) >= _HOSTS
 
 
 def finish_published(state: RefreshState) -> None:
@@ -188,7 +198,8 @@ def _learned(state: RefreshState, batch: Batch) -> pa.Table:
     table = batches.get_table(state.store, crawl.fetched)
     drops = batches.get_table(state.store, filtered.dropped)
     place = pc.index_in(table["key"], drops["key"].combine_chunks())
-    attempts = pc.add(table["attempts"], pa.scalar(1, pa.int16()))
+    asked = batches.was_asked(table)
+    attempts = pc.add(table["attempts"], asked.cast(pa.int16()))
     exhausted = pc.and_(pc.equal(table["status"], "retry"), pc.greater_equal(attempts, state.config.max_attempts))
     status = pc.if_else(exhausted, "failed", table["status"])
     settled = pc.is_in(status, pa.array(["ok", "unchanged"]))
@@ -199,7 +210,7 @@ def _learned(state: RefreshState, batch: Batch) -> pa.Table:
         "reason": pc.fill_null(table["reason"], ""),
         "dropped": pc.fill_null(drops["dropped"].combine_chunks().take(place), ""),
         "attempts": pc.if_else(settled, pa.scalar(0, pa.int16()), attempts),
-        "next_retry": _next_retry(state, status, attempts, table["retry_after"]),
+        "next_retry": _next_retry(state, status, pc.if_else(asked, attempts, 1), table["retry_after"]),
         "last_seen": pa.array([state.now] * len(table), MOMENT),
     }
     rows = pa.table({name: columns[name] for name in SCHEMA.names}, schema=SCHEMA)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -30,6 +31,8 @@ from starflow.urls import host_of
 
 #: What a site says about its content, as opposed to a failure: recorded as an opt-out, never asked again.
 OPT_OUT_REASONS = frozenset(("x_robots_tag", "tdm_reservation", "robots_txt"))
+#: Why a URL was not asked for at all, or not to its end; that says nothing about it and counts as no attempt.
+UNASKED = frozenset(("batch_time_limit", "crawl_lost", "host_busy"))
 
 #: One row per URL; `shard`, `offset` and `size` say where its original bytes lie.
 OUTCOME = pa.schema(
@@ -64,6 +67,8 @@ FULL = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 FULL_SIGNAL = signal.SIGUSR1
 #: A disk with less free space counts as full: img2dataset neither ends nor says so when it cannot write.
 _ROOM_BYTES = 2**16
+#: A picture that was being looked at for longer when its batch had to be stopped hangs the decoder, or has ended it.
+_INSPECTION_SECONDS = 60.0
 #: URLs that are worth the start of another process.
 _PROCESS_ROWS = 256
 
@@ -93,7 +98,8 @@ def fetch_batch(
     """Fetches `urls` (columns url, etag, last_modified) into `folder` and returns one OUTCOME row each, in order.
 
     Original bytes of shard s lie in ``folder/output/<s:05d>.bin``. The subprocess is stopped after `limit` seconds
-    (default: what the slowest permitted answers take) or when it hangs; what it had not finished is to be retried.
+    (default: what the slowest permitted answers take) or when it hangs; what it had not finished is to be retried,
+    without the pictures that stopped it.
     Raises StarflowError when it ends without any result at all, OSError (ENOSPC) when the disk under `folder` is full.
     """
     processes = min(processes, -(-len(urls) // _PROCESS_ROWS))
@@ -116,13 +122,13 @@ def fetch_batch(
         folder, on_progress, limit or _limit(urls, policy, processes * threads), _STALL_SECONDS + 4 * policy.seconds
     )
     reason = "batch_time_limit" if timed_out else "crawl_lost"
-    outcomes = [_outcomes(folder / "output", index, rows, reason) for index, rows in enumerate(shards)]
-    if not timed_out and all(reason in outcome["reason"].to_pylist() for outcome in outcomes):
+    outcomes = pa.concat_tables(_outcomes(folder / "output", index, rows, reason) for index, rows in enumerate(shards))
+    if not timed_out and set(outcomes["reason"].to_pylist()) == {reason}:
         raise StarflowError(
             f"the crawl subprocess ended without a result: {_last_line(folder / 'crawl.log')}; "
             "run `starflow doctor`, and check free space and memory"
         )
-    return pa.concat_tables(outcomes).sort_by("row")
+    return outcomes.sort_by("row")
 
 
 def _split(urls: pa.Table, policy: FetchPolicy, processes: int) -> list[np.ndarray]:
@@ -209,15 +215,24 @@ def _outcomes(output: Path, index: int, rows: np.ndarray, reason: str) -> pa.Tab
     """The shard's outcomes, one for each of `rows`.
 
     img2dataset's statistics must account for every URL as its outcomes do. Of a shard that did not get so far, what
-    was finished counts as far as its bytes have the hash they should have; the rest failed for `reason`.
+    was finished counts as far as its bytes have the hash they should have; the rest failed for `reason`, except for the
+    picture that stopped it, which is not asked for again.
     """
     records = {record["row"]: record | {"shard": index} for record in _lines(output / f"{index:05d}.jsonl")}
     if not _accounted(output / f"{index:05d}_stats.json", records, rows):
         blob = output / f"{index:05d}.bin"
         whole = {row: record for row, record in records.items() if _is_whole(blob, record)}
-        lost = [{"row": int(row), "status": "retry", "reason": reason, "http": 0} for row in rows if row not in whole]
-        return pa.Table.from_pylist([*whole.values(), *lost], OUTCOME)
+        lost = {row: {"row": row, "status": "retry", "reason": reason, "http": 0} for row in rows.tolist()}
+        if (culprit := _culprit(output / f"{index:05d}.inspecting")) is not None:
+            lost[culprit] |= {"status": "failed", "reason": "stops_the_decoder", "http": 200}
+        return pa.Table.from_pylist(list((lost | whole).values()), OUTCOME)
     return pa.Table.from_pylist(list(records.values()), OUTCOME)
+
+
+def _culprit(mark: Path) -> int | None:
+    """The row of the picture that the shard's process was looking at for too long, alive or not."""
+    row, since = (mark.read_text() if mark.exists() else "").split() or (0, math.inf)
+    return int(row) if time.monotonic() - float(since) > _INSPECTION_SECONDS else None
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

@@ -65,6 +65,8 @@ class Failure(str):
 class _Body(io.BytesIO):
     """A body as the stream that img2dataset hands from its download to its resizer, with the headers."""
 
+    row: int  # of the batch
+
     def __init__(self, data: bytes, headers: HTTPMessage) -> None:
         super().__init__(data)
         self.headers = headers
@@ -107,6 +109,7 @@ class GuardedDownloader(Downloader):
         with pa.ipc.open_file(row[1]) as file:
             shard = file.read_all()
         validators = list(zip(shard["etag"].to_pylist(), shard["last_modified"].to_pylist(), strict=True))
+        rows = shard["row"].to_pylist()
         sites = _sites(self.policy, self.rules_cache)
 
         def download(sample: tuple[int, str], **_: Any) -> tuple[int, _Body | None, str | None]:
@@ -115,6 +118,7 @@ class GuardedDownloader(Downloader):
             headers = {"If-None-Match": etag, "If-Modified-Since": last_modified}
             try:
                 body = fetch_image(url, self.policy, sites, {k: v for k, v in headers.items() if v})
+                body.row = rows[key]
                 return key, body, None
             except FetchError as error:
                 return key, None, Failure(error)
@@ -122,18 +126,24 @@ class GuardedDownloader(Downloader):
                 return key, None, Failure(_unexpected(error))
 
         img2dataset_downloader.download_image_with_retry = download
-        super().download_shard(row)
+        with (Path(self.output_folder) / f"{row[0]:05d}.inspecting").open("wb") as file:
+            self.mark = file.fileno()
+            super().download_shard(row)
 
     def inspect(self, body: _Body, _boxes: Any = None) -> tuple[Any, ...]:
         """In the place of img2dataset's resizer: keeps the original bytes. Runs on one thread of the process,
         so that one large picture at a time is in memory."""
         data = body.getvalue()
         try:
+            # What the parent finds here when this process hangs or dies is the picture that it hangs or died of.
+            os.pwrite(self.mark, f"{body.row} {time.monotonic()}".encode(), 0)
             inspection = inspect_image(data, self.policy.max_pixels, self.policy.max_frames)
         except InspectionError as error:
             return None, None, None, None, None, str(error)
         except Exception as error:  # noqa: BLE001 - nor must a picture
             return None, None, None, None, None, Failure(_unexpected(error))
+        finally:
+            os.ftruncate(self.mark, 0)
         fetched = Fetched(data, inspection, body.headers.get("ETag", ""), body.headers.get("Last-Modified", ""))
         width, height = inspection.width, inspection.height
         return fetched, width, height, width, height, None

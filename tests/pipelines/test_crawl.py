@@ -144,6 +144,65 @@ def test_statistics_that_do_not_add_up_are_not_believed(tmp_path: Path) -> None:
     assert table["reason"].to_pylist() == ["http_404", "http_404", "crawl_lost"]
 
 
+#: In the crawl's own processes: pictures that hang the decoder, or kill the process that it runs in.
+HOSTILE_DECODER = """
+import os, time
+from PIL import Image
+open_image = Image.open
+def open_or_stop(file, formats=None):
+    if b"<title" in file.getvalue():
+        time.sleep(1000)
+    if b"<svg" in file.getvalue():
+        os.kill(os.getpid(), 9)
+    return open_image(file, formats=formats)
+Image.open = open_or_stop
+"""
+
+
+def test_a_picture_that_stops_the_decoder_costs_itself_and_no_other(
+    web: HostileWeb, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(HOSTILE_DECODER)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(crawl, "_PROCESS_ROWS", 1)
+    later = [0.0]
+    monkeypatch.setattr(crawl, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + later[0]))
+
+    def wait_for_both(done: int) -> None:
+        marks = [path.read_text().split() for path in tmp_path.glob("batch/output/*.inspecting")]
+        if {mark[0] for mark in marks if mark} == {"2", "3"}:
+            later[0] = 1000.0
+
+    (tmp_path / "rules").mkdir()
+    urls = as_table([f"{web.base}/{name}" for name in ("png", "jpeg", "html", "svg", "webp", "gif")])
+    table = fetch_batch(urls, hostile_policy(), 2, 1, tmp_path / "batch", tmp_path / "rules", wait_for_both)
+    assert table["reason"].to_pylist() == ["", "", *["stops_the_decoder"] * 2, *["batch_time_limit"] * 2]
+    assert table["status"].to_pylist() == ["ok", "ok", "failed", "failed", "retry", "retry"]
+
+
+def test_a_picture_that_was_looked_at_when_the_time_was_up_is_not_blamed(tmp_path: Path) -> None:
+    (tmp_path / "00000.inspecting").write_text(f"1 {time.monotonic()}")
+    table = crawl._outcomes(tmp_path, 0, np.arange(2), "batch_time_limit")
+    assert table["reason"].to_pylist() == ["batch_time_limit"] * 2
+
+
+def test_a_row_lost_in_each_shard_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only a crawl that has nothing to show at all is one."""
+
+    def lose_one(folder: Path, *_: Any) -> bool:
+        (folder / "output").mkdir()
+        for index in range(2):
+            line = {"row": index, "status": "failed", "reason": "http_404", "http": 404}
+            (folder / "output" / f"{index:05d}.jsonl").write_text(json.dumps(line) + "\n")
+        return False
+
+    monkeypatch.setattr(crawl, "_run", lose_one)
+    monkeypatch.setattr(crawl, "_PROCESS_ROWS", 1)
+    urls = as_table([f"http://127.0.0.1:9/{index}.png" for index in range(4)])
+    table = fetch_batch(urls, hostile_policy(), 2, 1, tmp_path / "batch", tmp_path)
+    assert table["reason"].to_pylist() == ["http_404"] * 2 + ["crawl_lost"] * 2
+
+
 def test_a_subprocess_without_any_result_is_an_error(
     web: HostileWeb, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

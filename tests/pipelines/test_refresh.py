@@ -87,6 +87,18 @@ def test_failures_are_retried_when_due_later_each_time_and_given_up_in_the_end(b
     assert bench.web.requests[url(0)] == 1
 
 
+@pytest.mark.parametrize("reason", ["batch_time_limit", "crawl_lost", "host_busy"])
+def test_urls_that_were_never_asked_for_are_never_given_up(bench: Bench, reason: str) -> None:
+    down: list[Answer] = [("retry", "http_500"), *[("retry", reason)] * 6, png(1)]
+    listed = bench.write_list({url(0): png(0), url(1): down})
+    for requests in (2, 4, 6):
+        bench.refresh(listed, max_attempts=2)
+        row = ledger_rows(bench)[url(1)]
+        assert (bench.web.requests[url(1)], row["status"], row["attempts"]) == (requests, "retry", 1)
+        bench.now += timedelta(seconds=900)  # never later than after the first failure
+    assert bench.refresh(listed, max_attempts=2).added == 1
+
+
 def test_a_long_retry_after_waits_for_a_later_refresh(bench: Bench) -> None:
     bench.refresh(bench.write_list({url(0): png(0), url("busy"): ("retry", "http_503", 7200.0)}))
     row = ledger_rows(bench)[url("busy")]
@@ -132,13 +144,37 @@ def test_beside_a_snapshot_a_refresh_without_new_samples_is_no_error(bench: Benc
     assert bench.refresh(listed).dropped == {}
 
 
+def hosts(*answers: Answer) -> dict[str, Answer | list[Answer]]:
+    """URLs on as many hosts."""
+    return {f"http://host{number}.example/a.png": answer for number, answer in enumerate(answers)}
+
+
 def test_beside_a_snapshot_a_dead_network_is_an_error(bench: Bench) -> None:
     first = bench.refresh(bench.write_list({url(0): png(0)}))
-    listed = bench.write_list({url(0): png(0), url(1): ("retry", "connection")}, "longer")
+    down = hosts(("retry", "connection"), ("retry", "dns"), ("retry", "timeout"))
+    listed = bench.write_list({url(0): png(0), **down}, "longer")
     with pytest.raises(StarflowError, match="check the network"):
         bench.refresh(listed)
-    bench.web.answers |= {url(1): png(1)}
+    assert set(ledger_rows(bench)) == {url(0)}
+    bench.web.answers |= hosts(png(1), png(2), png(3))
     assert bench.refresh(listed).parent == first.snapshot
+
+
+def test_beside_a_snapshot_a_dead_host_or_two_are_remembered(bench: Bench) -> None:
+    first = bench.refresh(bench.write_list({url(0): png(0)}))
+    down = {**hosts(("retry", "connection"), ("retry", "dns")), "http://host0.example/b.png": ("retry", "connection")}
+    listed = bench.write_list({url(0): png(0), **down}, "longer")
+    assert bench.refresh(listed, retry_rounds=0).snapshot == first.snapshot
+    assert {row["attempts"] for name, row in ledger_rows(bench).items() if name in down} == {1}
+
+
+def test_beside_a_snapshot_a_server_that_answered_shows_that_the_network_works(bench: Bench) -> None:
+    bench.refresh(bench.write_list({url(0): png(0)}))
+    bench.now += timedelta(days=2)
+    down = hosts(("retry", "connection"), ("retry", "dns"), ("retry", "timeout"))
+    listed = bench.write_list({url(0): ("unchanged", "unchanged"), **down}, "longer")
+    bench.refresh(listed, revalidate_days=1)
+    assert len(ledger_rows(bench)) == 4
 
 
 def test_private_addresses_name_the_setting_for_hosts_of_ones_own(bench: Bench) -> None:
