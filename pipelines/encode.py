@@ -49,16 +49,17 @@ def encode(
     """
     newest = newest_snapshot(store)
     removed = newest.takedowns if newest else None
-    # A plan made before a takedown would bring back what was taken down: each takedown has plans of its own.
-    work = f"{work}/{removed.sha256[:16] if removed else 'all'}"
-    plan = load_plan(store, work, tables, config)
+    # A plan made before a takedown would bring back what was taken down: each takedown has plans of its own. They share
+    # finished shards: a part's name follows from its content.
+    own = f"{work}/{removed.sha256[:16] if removed else 'all'}"
+    plan = load_plan(store, own, tables, config)
     done = _finished(store, work, plan)
     if plan is None or len(done) < _shards(plan):
         resources = Resources(config.actors, config.cpus_per_actor, config.gpus_per_actor, config.address)
         with actor_pool(ShardEncoder, resources, store.url, config, work) as actors:
             models = actors.ask("models")
             if plan is None:
-                plan = make_plan(store, work, tables, config, models, Takedowns.load(store, removed))
+                plan = make_plan(store, own, tables, config, models, Takedowns.load(store, removed))
                 done = _finished(store, work, plan)
             _run(actors, plan, done, on_progress)
             done = _finished(store, work, plan)

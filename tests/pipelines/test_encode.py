@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 import tarfile
+import types
+from contextlib import contextmanager
 
 import numpy as np
 import psutil
@@ -19,7 +21,7 @@ from PIL import Image
 from pipelines.actors import Resources
 from pipelines.encode import encode
 from pipelines.encode_plan import EncodeConfig, make_plan
-from pipelines.encode_shard import ShardEncoder
+from pipelines.encode_shard import ShardEncoder, read_members
 from pipelines.originals import Picture, spans
 from starflow.encoders import EncoderError, TextIdentity, load_vae, new_autoencoder, to_tensor
 from starflow.errors import CorruptError, StoreError
@@ -150,7 +152,7 @@ def test_errors_in_actors_come_through_in_one_sentence(cluster, store, tmp_path)
 
 def encode_here(store, table, settings):
     """Makes the shards in this process; `encode` then finds nothing left for actors to do."""
-    encoder = ShardEncoder(store.url, settings, "crawl/work/all")
+    encoder = ShardEncoder(store.url, settings, "crawl/work")
     plan = make_plan(store, "crawl/work/all", [table], settings, encoder.models(), Takedowns())
     for part in plan.parts:
         for index in range(part.plan.shards):
@@ -162,11 +164,39 @@ def test_a_shard_finished_twice_is_the_same_shard(store, vae_folder):
     table, _ = crawl(store, 30)
     _, plan, result = encode_here(store, table, config(vae_folder))
     before = {info.key: info.etag for info in store.list("parts/")}
-    late = ShardEncoder(store.url, config(vae_folder, vae_batch=3), "crawl/work/all")
+    late = ShardEncoder(store.url, config(vae_folder, vae_batch=3), "crawl/work")
     late.models()
     assert late.encode(plan.parts[0], 0).ref.candidates is not None
     assert {info.key: info.etag for info in store.list("parts/")} == before
     assert encode(store, [table], config(vae_folder), "crawl/work") == result
+
+
+def test_parts_that_a_takedown_leaves_whole_are_not_encoded_again(store, vae_folder, monkeypatch):
+    table, contents = crawl(store, 30)
+    _, plan, result = encode_here(store, table, config(vae_folder))
+    first, lost = publish(store, parent=None, parts=result.parts, image_size=16), plan.parts[0]
+    taken = read_members(store, lost).read_row_group(0)["id"][0].as_py()
+    publish(
+        store, parent=first, parts=result.parts[1:], image_size=16, takedowns=Takedowns([("id", taken)]).save(store)
+    )
+    jobs = []
+
+    @contextmanager
+    def pool(worker, resources, *arguments):
+        encoder = worker(*arguments)
+
+        def run(method, wanted):
+            for job in wanted:
+                jobs.append(job[0].plan.id)
+                yield job, encoder.encode(*job)
+
+        yield types.SimpleNamespace(ask=lambda method: encoder.models(), map=run)
+
+    monkeypatch.setattr("pipelines.encode.actor_pool", pool)
+    again = encode(store, [table], config(vae_folder), "crawl/work")
+    assert set(jobs) == {part.id for part in again.parts} - {part.id for part in result.parts}
+    assert len({part.id for part in again.parts} & {part.id for part in result.parts}) == len(result.parts) - 1
+    assert again.dropped == {"corrupt": 2, "taken down": 1}
 
 
 def test_a_batch_that_does_not_fit_is_halved(store, vae_folder, monkeypatch):
