@@ -172,7 +172,7 @@ def test_a_shard_finished_twice_is_the_same_shard(store, vae_folder):
 
 
 def test_parts_that_a_takedown_leaves_whole_are_not_encoded_again(store, vae_folder, monkeypatch):
-    table, contents = crawl(store, 30)
+    table, _ = crawl(store, 30)
     _, plan, result = encode_here(store, table, config(vae_folder))
     first, lost = publish(store, parent=None, parts=result.parts, image_size=16), plan.parts[0]
     taken = read_members(store, lost).read_row_group(0)["id"][0].as_py()
