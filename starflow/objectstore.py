@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import os
 import re
+import shutil
 import time
 import uuid
 from abc import ABC, abstractmethod
@@ -18,6 +19,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 from urllib.parse import urlsplit
 
 from starflow.errors import AlreadyExistsError, ChangedError, ConfigError, NotFoundError, StoreError
@@ -122,7 +124,7 @@ class LocalStore(ObjectStore):
         return self.root / key
 
     def read(self, key: str, start: int | None = None, length: int | None = None) -> bytes:
-        with self._errors("read", key), self.path(key).open("rb") as file:
+        with self._errors("read", key), self._open(key) as file:
             file.seek(start or 0)
             return file.read(-1 if length is None else length)
 
@@ -200,15 +202,15 @@ class LocalStore(ObjectStore):
         return found
 
     def upload(self, key: str, path: Path) -> None:
-        with self._errors("upload", key), self._temporary(key) as unfinished:
-            _copy_durably(path, unfinished)
+        with self._errors("upload", key), path.open("rb") as source, self._temporary(key) as unfinished:
+            _copy_durably(source, unfinished)
             unfinished.replace(self.path(key))
 
     def download(self, key: str, path: Path) -> str:
         unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}~")
-        with self._errors("download", key):
+        with self._errors("download", key), self._open(key) as source:
             try:
-                _copy_durably(self.path(key), unfinished)
+                _copy_durably(source, unfinished)
                 digest = file_sha256(unfinished)
                 unfinished.replace(path)
                 return digest
@@ -224,7 +226,10 @@ class LocalStore(ObjectStore):
     def _temporary(self, key: str) -> Iterator[Path]:
         path = self.path(key)
         unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}~")
-        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            _make_empty(unfinished)
+        except FileNotFoundError:  # a delete removed its folder, which was empty until now
+            _make_empty(unfinished)
         try:
             yield unfinished
         finally:
@@ -237,14 +242,18 @@ class LocalStore(ObjectStore):
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
+    def _open(self, key: str) -> BinaryIO:
+        try:
+            return self.path(key).open("rb")
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise NotFoundError(f"{self.url}/{key} does not exist; check the store and the name") from error
+
     @contextmanager
     def _errors(self, operation: str, key: str) -> Iterator[None]:
         try:
             yield
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise NotFoundError(f"{self.url}/{key} does not exist; check the store and the name") from error
         except OSError as error:
-            reason = error.strerror or str(error)
+            reason = f"{error.strerror or error}{f' ({error.filename})' if error.filename else ''}"
             raise StoreError(
                 f"cannot {operation} {self.url}/{key}: {reason}; check space and permissions, then run it again"
             ) from error
@@ -256,6 +265,11 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _make_empty(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+
+
 def _write_durably(path: Path, data: bytes | memoryview) -> None:
     with path.open("wb") as file:
         file.write(data)
@@ -263,9 +277,8 @@ def _write_durably(path: Path, data: bytes | memoryview) -> None:
         os.fsync(file.fileno())
 
 
-def _copy_durably(source: Path, target: Path) -> None:
-    with source.open("rb") as reader, target.open("wb") as writer:
-        while block := reader.read(2**22):
-            writer.write(block)
+def _copy_durably(source: BinaryIO, target: Path) -> None:
+    with target.open("wb") as writer:
+        shutil.copyfileobj(source, writer, 2**22)
         writer.flush()
         os.fsync(writer.fileno())

@@ -118,6 +118,36 @@ def test_a_full_disk_says_so(tmp_path: Path) -> None:
         LocalStore(tmp_path).write("../outside", b"x")
 
 
+def test_only_an_object_that_is_missing_is_not_found(tmp_path: Path) -> None:
+    """Not a target or a source that is: whoever resumes passes over checkpoints whose objects are not found."""
+    store = LocalStore(tmp_path / "store")
+    store.write("a", b"x")
+    with pytest.raises(NotFoundError, match="store/b does not exist"):
+        store.download("b", tmp_path / "b")
+    for fails in (lambda: store.download("a", tmp_path / "gone" / "a"), lambda: store.upload("c", tmp_path / "gone")):
+        with pytest.raises(StoreError, match="gone") as caught:
+            fails()
+        assert not isinstance(caught.value, NotFoundError)
+
+
+def test_a_write_survives_a_delete_that_removes_its_empty_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, mkdir, deleted = LocalStore(tmp_path), Path.mkdir, []
+
+    def mkdir_then_delete(path: Path, *args: object, **options: object) -> None:
+        mkdir(path, *args, **options)  # type: ignore[arg-type]
+        if path == tmp_path / "folder" and not deleted:
+            deleted.append(path)
+            store.delete(["folder/other"])
+            assert not path.exists()
+
+    monkeypatch.setattr(Path, "mkdir", mkdir_then_delete)
+    store.write("folder/a", b"x")
+    assert deleted
+    assert store.read("folder/a") == b"x"
+
+
 @pytest.mark.parametrize("url", ["http://host/x", "", "s3://"])
 def test_unknown_urls_are_refused(url: str) -> None:
     with pytest.raises(ConfigError):
