@@ -58,7 +58,7 @@ def inspect_image(data: bytes, max_pixels: int, max_frames: int) -> Inspection:
         if width * height > max_pixels:
             raise InspectionError("too_many_pixels")
         try:
-            if _frames(image, data, max_frames) > max_frames:
+            if _has_more_frames(image, data, max_frames):
                 raise InspectionError("too_many_frames")
             if image.getexif().get(0x0112) in _SIDEWAYS:
                 width, height = height, width
@@ -89,10 +89,23 @@ def perceptual_hash(grey: np.ndarray) -> int:
     return int(bits.view(">i8")[0])
 
 
-def _frames(image: Image.Image, data: bytes, limit: int) -> int:
+def _has_more_frames(image: Image.Image, data: bytes, limit: int) -> bool:
     if image.format == "GIF":
-        return _gif_frames(data, limit)
-    return int(getattr(image, "n_frames", 1))
+        return _gif_frames(data, limit) > limit
+    if image.format == "TIFF":
+        return _has_page(image, limit)
+    return int(getattr(image, "n_frames", 1)) > limit
+
+
+def _has_page(image: Image.Image, number: int) -> bool:
+    """Whether a TIFF has that page, of those from 0; Pillow would count all, comparing each with each before."""
+    try:
+        image.seek(number)
+    except EOFError:
+        return False
+    finally:
+        image.seek(0)
+    return True
 
 
 def _gif_frames(data: bytes, limit: int) -> int:

@@ -6,7 +6,7 @@ import io
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
 from pipelines.inspection import InspectionError, inspect_image, perceptual_hash
 from tests.pipelines.hostile_web import picture, pixels
@@ -69,7 +69,7 @@ def test_cut_files_are_found(kind: str) -> None:
 
 def test_frames_and_pixels_are_bounded() -> None:
     frames = [Image.fromarray(pixels(seed, 12, 16)) for seed in range(12)]
-    for kind in ("GIF", "PNG", "WEBP"):
+    for kind in ("GIF", "PNG", "WEBP", "TIFF"):
         file = io.BytesIO()
         frames[0].save(file, kind, save_all=True, append_images=frames[1:])
         assert inspect_image(file.getvalue(), 2**20, 12).width == 16
@@ -77,3 +77,16 @@ def test_frames_and_pixels_are_bounded() -> None:
             inspect_image(file.getvalue(), 2**20, 11)
     with pytest.raises(InspectionError, match="too_many_pixels"):
         inspect_image(picture(), 64 * 48 - 1, 10)
+
+
+def test_of_a_tiff_no_more_pages_are_looked_at_than_it_may_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow's count of pages takes a time that is quadratic in them: hours for 20 MB of small ones."""
+    load, loaded = TiffImagePlugin.ImageFileDirectory_v2.load, []
+    monkeypatch.setattr(
+        TiffImagePlugin.ImageFileDirectory_v2, "load", lambda self, file: (loaded.append(1), load(self, file))
+    )
+    page, file = Image.new("L", (1, 1)), io.BytesIO()
+    page.save(file, "TIFF", save_all=True, append_images=[page] * 99)
+    with pytest.raises(InspectionError, match="too_many_frames"):
+        look(file.getvalue())
+    assert len(loaded) < 20
