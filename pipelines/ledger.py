@@ -188,8 +188,9 @@ class Spill:
         if not self._buffered:
             return
         for partition, tables in self._buffers.items():
-            file = self.folder / f"{partition:05d}-{self._flushes:06d}.parquet"
-            pq.write_table(pa.concat_tables(tables), file)
+            folder = self._folder(partition)
+            folder.mkdir(exist_ok=True)
+            pq.write_table(pa.concat_tables(tables), folder / f"{self._flushes:06d}.parquet")
         self._buffers.clear()
         self._buffered = 0
         self._flushes += 1
@@ -204,8 +205,11 @@ class Spill:
     def partition(self, number: int) -> pa.Table | None:
         """The rows of one partition in the order they came; None when there are none."""
         self._flush()
-        files = sorted(self.folder.glob(f"{number:05d}-*.parquet"))
+        files = sorted(self._folder(number).glob("*.parquet"))
         return pa.concat_tables([pq.read_table(file) for file in files]) if files else None
+
+    def _folder(self, partition: int) -> Path:
+        return self.folder / f"{partition:05d}"  # of its own: all files in one folder are slow to look through
 
 
 def put_table(store: ObjectStore, name: str, table: pa.Table) -> ObjectRef:

@@ -13,12 +13,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from pipelines import batches, gate
 from pipelines.captioners import AltText
@@ -27,6 +29,7 @@ from pipelines.config import CAPTION_SETTINGS, FILTER_SETTINGS, RefreshConfig
 from pipelines.crawl import FULL
 from pipelines.duplicates import find_duplicates
 from pipelines.filters import apply_filters, build_filters
+from pipelines.ledger import KEPT
 from pipelines.plan import Batch, Plan, plan_list
 from pipelines.settings import check_settings
 from pipelines.state import OnEvent, RefreshState
@@ -185,10 +188,12 @@ def filter_(state: RefreshState) -> Counts:
     examples: dict[str, list[str]] = {}
     done = 0
     decided = (state.takedowns_ref, _filter_settings(state))
+    kept = _Kept(state)
     for window in _windows(state.batches):
         records = [batches.load_record(state.store, batch, batches.FilterRecord) for batch in window]
         if any(record is None or (record.takedowns, record.settings) != decided for record in records):
-            records = _filter_window(state, window)
+            records = _filter_window(state, window, kept.tables())
+        kept.add(records)
         for record in records:
             reasons.update(record.reasons)
             for reason, urls in record.examples.items():
@@ -216,7 +221,37 @@ def _windows(found: list[Batch]) -> Iterator[list[Batch]]:
         yield window
 
 
-def _filter_window(state: RefreshState, window: list[Batch]) -> list[batches.FilterRecord]:
+class _Kept:
+    """Ids and perceptual hashes of the pictures kept so far: by earlier refreshes, and in windows gone through."""
+
+    def __init__(self, state: RefreshState) -> None:
+        self.state = state
+        self._records: list[batches.FilterRecord] = []
+        self._files: list[Path] = []
+
+    def add(self, records: list[batches.FilterRecord]) -> None:
+        """Takes the records of a window."""
+        self._records += records
+
+    def tables(self) -> Iterator[pa.Table]:
+        """Tables (id, phash), one after the other; those of windows come from the store once, then from local disk."""
+        for table in self.state.ledger.kept():
+            yield table.filter(pc.invert(pc.is_in(table["id"], self._left)))
+        if self._records:
+            self._files.append(self.state.work / f"kept-{len(self._files):06d}.parquet")
+            with pq.ParquetWriter(self._files[-1], KEPT) as writer:
+                for record in self._records:
+                    writer.write_table(batches.get_table(self.state.store, record.samples).select(KEPT.names))
+            self._records.clear()
+        for file in self._files:
+            yield from (pa.Table.from_batches([batch]) for batch in pq.ParquetFile(file).iter_batches())
+
+    @cached_property
+    def _left(self) -> pa.Array:
+        return self.state.left()["id"].combine_chunks()
+
+
+def _filter_window(state: RefreshState, window: list[Batch], kept: Iterator[pa.Table]) -> list[batches.FilterRecord]:
     filters = build_filters(state.config)
     crawls = [batches.load_record(state.store, batch, batches.CrawlRecord) for batch in window]
     tables, verdicts = [], []
@@ -227,7 +262,7 @@ def _filter_window(state: RefreshState, window: list[Batch]) -> list[batches.Fil
         reasons[state.takedowns.blocks(rows["id"].to_pylist(), rows["url"].to_pylist())] = "takedown"
         tables.append(rows)
         verdicts.append(reasons)
-    _mark_duplicates(state, window, tables, verdicts)
+    _mark_duplicates(tables, verdicts, kept, state.config.near_duplicates)
     for record, rows, reasons in zip(crawls, tables, verdicts, strict=True):
         batches.apply_score(state.store, record, rows, reasons, state.config, state.work)
     return [
@@ -237,25 +272,14 @@ def _filter_window(state: RefreshState, window: list[Batch]) -> list[batches.Fil
 
 
 def _mark_duplicates(
-    state: RefreshState, window: list[Batch], tables: list[pa.Table], verdicts: list[np.ndarray]
+    tables: list[pa.Table], verdicts: list[np.ndarray], kept: Iterator[pa.Table], near: int | None
 ) -> None:
-    """Sets the reason of duplicates, in place: of pictures kept before, of earlier windows, and within this one."""
-    left = state.left()["id"].combine_chunks()
-
-    def kept() -> Iterator[pa.Table]:
-        for table in state.ledger.kept():
-            yield table.filter(pc.invert(pc.is_in(table["id"], left)))
-        for batch in state.batches[: state.batches.index(window[0])]:
-            record = batches.load_record(state.store, batch, batches.FilterRecord)
-            yield batches.get_table(state.store, record.samples).select(["id", "phash"])
-
+    """Sets the reason of duplicates, in place: of pictures `kept` before, and within the window."""
     alive = [pa.array(reasons == "") for reasons in verdicts]
     new = pa.concat_tables(
         [table.select(["id", "phash"]).filter(mask) for table, mask in zip(tables, alive, strict=True)]
     )
-    found = np.array(["", "duplicate", "near_duplicate"], dtype=object)[
-        find_duplicates(new, kept(), state.config.near_duplicates)
-    ]
+    found = np.array(["", "duplicate", "near_duplicate"], dtype=object)[find_duplicates(new, kept, near)]
     position = 0
     for reasons in verdicts:
         places = np.flatnonzero(reasons == "")

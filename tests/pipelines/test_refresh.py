@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from datetime import timedelta
 
+import pyarrow as pa
 import pytest
 
+from pipelines import batches, refresh
 from starflow.errors import StarflowError
-from starflow.objectstore import open_store
+from starflow.manifest import ObjectRef
+from starflow.objectstore import ObjectStore, open_store
 from starflow.snapshots import list_snapshots, load_snapshot
 from tests.pipelines.fake_crawl import (
     MIXED,
@@ -111,6 +115,26 @@ def test_repeated_urls_are_fetched_once(bench: Bench) -> None:
     result = bench.refresh(bench.write_list(spelled))
     assert (result.added, result.dropped) == (2, {"duplicate_url": 1})
     assert bench.web.requests.total() == 2
+
+
+def test_duplicates_are_found_across_windows_and_each_table_is_read_once(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.refresh(bench.write_list({url(0): png(0)}))
+    reads: Counter[str] = Counter()
+    get_table = batches.get_table
+
+    def counted(store: ObjectStore, ref: ObjectRef) -> pa.Table:
+        reads[ref.key] += "/samples-" in ref.key
+        return get_table(store, ref)
+
+    monkeypatch.setattr(refresh, "WINDOW_ROWS", 1)
+    monkeypatch.setattr(batches, "get_table", counted)
+    pictures = {url(name): png(seed) for name, seed in {1: 1, "one": 1, 2: 2, 3: 3, "two": 2, "zero": 0}.items()}
+    result = bench.refresh(bench.write_list(pictures, "longer"), batch_size=1)
+    assert (result.added, result.dropped) == (3, {"duplicate": 3})
+    assert set(reads.values()) <= {0, 1}
+    assert sum(reads.values()) == len(pictures) - 1
 
 
 def test_near_duplicates_are_dropped_when_asked_for(bench: Bench) -> None:
