@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from pathlib import Path
 from typing import Any, Literal, cast
 from uuid import UUID
 
@@ -47,6 +45,7 @@ from pipelines.recaption import recaption as run_recaption
 from pipelines.refresh import STAGES, RefreshResult, Stage, result, run_stage
 from pipelines.report import data_uri, difference, drops_table, newest_pictures
 from pipelines.state import RefreshState
+from pipelines.workfolder import work_folder
 from starflow.forms import answer_rows, fields_of, parameters_of
 from starflow.objectstore import ObjectStore, open_store
 from starflow.snapshots import Snapshot, load_snapshot
@@ -162,8 +161,8 @@ def refresh_once(config: RefreshConfig) -> Answer:
     """The stages of a refresh as tasks, the gate between encode and publish, and the page."""
     page = RunPage("refresh", [stage.name for stage in STAGES])
     counts: dict[str, dict[str, Any]] = {}
-    with tempfile.TemporaryDirectory(prefix="starflow-refresh-") as work:
-        state = RefreshState(config, Path(work), page.on_event, batch_task)
+    with work_folder() as work:
+        state = RefreshState(config, work, page.on_event, batch_task)
 
         def run(stage: Stage) -> None:
             counts[stage.name] = stage_task.with_options(name=stage.name, task_run_name=stage.name)(state, stage)

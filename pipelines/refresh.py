@@ -7,7 +7,6 @@ the Prefect flow run the same list of stages.
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -33,6 +32,7 @@ from pipelines.ledger import KEPT
 from pipelines.plan import Batch, Plan, plan_list
 from pipelines.settings import check_settings
 from pipelines.state import OnEvent, RefreshState
+from pipelines.workfolder import work_folder
 from starflow.config import Config
 from starflow.errors import ConfigError, StarflowError
 
@@ -124,7 +124,9 @@ def _crawl_one(state: RefreshState, batch: Batch, before: int) -> batches.CrawlR
         state.progress("crawl", before + done, sum(batch.count for batch in state.batches))
 
     def work() -> batches.CrawlRecord:
-        return batches.crawl_batch(state.store, batch, state.config, state.blocked, state.work, on_progress)
+        return batches.crawl_batch(
+            state.store, batch, state.config, state.policy, state.blocked, state.work, on_progress
+        )
 
     return state.do_work(f"batch {batch.folder.strip('/').rpartition('/')[2]} of {batch.count:,} URLs", work)
 
@@ -359,8 +361,8 @@ def refresh(config: RefreshConfig, on_event: OnEvent = lambda event: None) -> Re
     if config.gate == "person":
         raise ConfigError("gate=person pauses a run in the Prefect UI; on the command line write gate=automatic")
     counts: dict[str, Counts] = {}
-    with tempfile.TemporaryDirectory(prefix="starflow-refresh-") as work:
-        state = RefreshState(config, Path(work), on_event)
+    with work_folder() as work:
+        state = RefreshState(config, work, on_event)
         for stage in STAGES:
             if stage.run is publish:
                 gate.check(state, counts)
