@@ -23,7 +23,7 @@ class CleanupConfig(Config):
     keep_snapshots: int | None = Field(
         None,
         title="Snapshots to keep",
-        description="Only the newest so many stay; null: all. A run that still trains on a deleted one stops.",
+        description="Only the newest so many stay; null: all. A run cannot go on once its snapshot is deleted.",
         ge=1,
         le=100_000,
     )

@@ -152,7 +152,7 @@ def pictures_task(store: ObjectStore, snapshot: Snapshot, config: InspectConfig)
 @flow(name="cleanup")
 @parameters_of(CleanupConfig)
 def cleanup(**parameters: Any) -> dict[str, Any]:
-    """Deletes what no snapshot and no checkpoint needs any more; safe beside refreshes and training runs."""
+    """Deletes what no snapshot or checkpoint needs any more; safe beside refreshes and runs whose snapshot stays."""
     secrets_to_environment()
     config = CleanupConfig.model_validate(parameters)
     store = open_store(config.store)

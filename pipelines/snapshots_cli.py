@@ -136,7 +136,7 @@ def gc(
 ) -> None:
     """Delete withdrawn and unreferenced data: after a takedown, the last bytes of what was taken down.
 
-    A training run that still reads a deleted snapshot stops with an error.
+    A training run whose snapshot is deleted stops with an error, and cannot go on.
     """
     from pipelines.garbage import collect
     from starflow.console import print_json

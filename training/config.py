@@ -25,7 +25,7 @@ class TrainConfig(Config):
 
     store: str = Field(description="Object store with the snapshot and the run: s3://bucket/prefix or a folder.")
     run: str = Field(pattern=RUN_NAME, description="Name of the run; the same name resumes it.")
-    snapshot: str = Field("newest", description="Snapshot id, or newest: fixed when the run starts.")
+    snapshot: str = Field("newest", description="Snapshot id, or newest. A run stays on the one it was started with.")
     preset: str = Field("emoji", description="Architecture and recipe to start from.")
     model: dict[str, Any] = Field({}, description="Architecture fields that differ from the preset's.")
     steps: int = Field(gt=0, description="Optimizer steps of the whole run.")
@@ -186,6 +186,5 @@ RESUMABLE = frozenset(
         "peak_tflops",
         "wandb_project",
         "cache",
-        "snapshot",
     }
 )

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from starflow import manifest
 from starflow.errors import NotFoundError
 from starflow.objectstore import ObjectStore
 from training.metrics import read_metrics
+from training.record import recorded
 
 #: Panels: title, metric.
 PANELS = (
@@ -50,7 +50,7 @@ def draw_curves(store: ObjectStore, names: Sequence[str], out: Path) -> None:
 
 def compare_configs(store: ObjectStore, names: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Configuration keys whose values differ: key, then run, then value."""
-    configs = {name: manifest.load(store, f"runs/{name}/run.json", "run", 1)["config"] for name in names}
+    configs = {name: recorded(store, name) for name in names}
     keys = {key for config in configs.values() for key in config} - {"run"}
     values = {key: {name: config.get(key) for name, config in configs.items()} for key in sorted(keys)}
     return {key: found for key, found in values.items() if len({repr(value) for value in found.values()}) > 1}

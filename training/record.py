@@ -1,15 +1,16 @@
-"""The configuration that a run was started with: recorded in the store, the same for whoever goes on with it."""
+"""A run's configuration: recorded in the store, and with it the snapshot, the same for whoever goes on with the run."""
 
 from __future__ import annotations
 
 import contextlib
 import time
+from typing import Any
 
 from starflow import manifest
-from starflow.checkpoints import list_steps
-from starflow.errors import AlreadyExistsError, ConfigError
+from starflow.checkpoints import list_steps, load_manifest
+from starflow.errors import AlreadyExistsError, ConfigError, CorruptError, NotFoundError
 from starflow.objectstore import ObjectStore
-from starflow.snapshots import load_snapshot
+from starflow.snapshots import Snapshot, load_snapshot
 from training.architecture import check
 from training.config import RESUMABLE, TrainConfig
 from training.lease import Lease, LeaseHeldError
@@ -21,7 +22,7 @@ RECORDING = 3.0
 
 
 def resolve(store: ObjectStore, config: TrainConfig) -> TrainConfig:
-    """Fixes the snapshot: the one the run was started with, else the configured one.
+    """Fixes the snapshot: a run trains on the one that it was started with.
 
     The first call for a run checks its configuration and records it as ``runs/<run>/run.json``; another one takes
     its place as long as no step is committed and nobody holds the lease. Raises ConfigError when the model or the
@@ -63,13 +64,36 @@ def _record(store: ObjectStore, config: TrainConfig) -> None:
         manifest.commit(store, run_key(config.run), RUN_KIND, RUN_VERSION, body)
 
 
+def recorded(store: ObjectStore, run: str) -> dict[str, Any]:
+    """The configuration that the run has come to: of its newest checkpoint, before the first of ``run.json``.
+
+    Raises NotFoundError for an unknown run.
+    """
+    for step in reversed(list_steps(store, run)):
+        with contextlib.suppress(CorruptError):
+            return load_manifest(store, run, step).config
+    return dict(manifest.load(store, run_key(run), RUN_KIND, RUN_VERSION)["config"])
+
+
 def adopt(store: ObjectStore, config: TrainConfig) -> TrainConfig:
     """The configuration on the run's snapshot. Raises ConfigError when the run has another one."""
-    theirs = manifest.load(store, run_key(config.run), RUN_KIND, RUN_VERSION)["config"]
-    newest = config.snapshot == "newest"
-    snapshot = theirs["snapshot"] if newest else load_snapshot(store, config.snapshot).id
-    check_same_config(config, theirs, f"run {config.run!r}")
-    return config.model_copy(update={"snapshot": snapshot})
+    theirs = recorded(store, config.run)
+    own = config.snapshot in ("newest", theirs["snapshot"])
+    snapshot = theirs["snapshot"] if own else load_snapshot(store, config.snapshot).id
+    config = config.model_copy(update={"snapshot": snapshot})
+    check_same_config(config, theirs)
+    return config
+
+
+def own_snapshot(store: ObjectStore, config: TrainConfig) -> Snapshot:
+    """The snapshot of an adopted configuration. Raises ConfigError when it has been deleted."""
+    try:
+        return load_snapshot(store, config.snapshot)
+    except NotFoundError as error:
+        raise ConfigError(
+            f"run {config.run!r} trains on snapshot {config.snapshot}, which {store.url} does not hold any more; start "
+            f"another run on one that is there, from this one's weights: init_from={config.store}/{config.run}"
+        ) from error
 
 
 def _start_anew(store: ObjectStore, config: TrainConfig) -> None:
@@ -96,12 +120,13 @@ def _start_anew(store: ObjectStore, config: TrainConfig) -> None:
         lease.release()
 
 
-def check_same_config(config: TrainConfig, theirs: dict[str, object], whose: str) -> None:
+def check_same_config(config: TrainConfig, theirs: dict[str, Any]) -> None:
     """Raises ConfigError for keys that decide the result and differ from those of what is being resumed."""
     mine = config.model_dump(mode="json")
     for key in mine:
         if key not in RESUMABLE and key in theirs and mine[key] != theirs[key]:
             raise ConfigError(
-                f"{whose} was started with {key}={theirs[key]}, the configuration says {key}={mine[key]}; "
-                "resume with the first, or use another run name"
+                f"run {config.run!r} was started with {key}={theirs[key]}, the configuration says {key}={mine[key]}; "
+                "resume with the first, or start another run (from this one's weights: "
+                f"init_from={config.store}/{config.run})"
             )

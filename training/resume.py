@@ -84,7 +84,7 @@ def check_same_run(config: TrainConfig, engine: Engine, checkpoint: Checkpoint) 
                 f"run {config.run!r} has a model with {key} = {theirs[key]}, the configuration asks for {model[key]}; "
                 "use the run's own configuration, or another run name"
             )
-    check_same_config(config, checkpoint.config, f"run {config.run!r}")
+    check_same_config(config, checkpoint.config)
 
 
 def check_same_encoders(ours: TrainedInfo, theirs: TrainedInfo, whose: str) -> None:

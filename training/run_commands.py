@@ -82,16 +82,15 @@ def describe_run(store: str, run: str, brief: bool = False) -> dict[str, Any]:
     step: last committed one, None before the first. metrics: local path of metrics.jsonl up to that step.
     sample_grids: keys of the pictures drawn for held-out captions while it trained, oldest first.
     """
-    from starflow import manifest
     from starflow.checkpoints import list_steps, load_manifest
     from starflow.errors import NotFoundError
     from starflow.objectstore import open_store
     from training.events import read_events
-    from training.record import RUN_KIND, RUN_VERSION, list_samples, run_key
+    from training.record import list_samples, recorded
 
     opened = open_store(store)
     try:
-        config = manifest.load(opened, run_key(run), RUN_KIND, RUN_VERSION)["config"]
+        config = recorded(opened, run)
     except NotFoundError as error:
         raise NotFoundError(f"run {run!r} is not in {opened.url}; see starflow runs list --store {store}") from error
     steps = list_steps(opened, run)

@@ -88,12 +88,13 @@ def dry_run_plan(settings: Any, machine: str | None = None) -> dict[str, Any]:
     from starflow.objectstore import open_store
     from training.architecture import check
     from training.estimate import memory_per_rank, time_and_cost
-    from training.record import adopt
+    from training.record import adopt, own_snapshot
 
     store = open_store(settings.store)
     steps = list_steps(store, settings.run)
     if steps:
         settings = adopt(store, settings)
+        own_snapshot(store, settings)
     flow, snapshot = check(store, settings)
     probe = f"probes/{uuid4().hex}"
     store.write(probe, b"can be written")

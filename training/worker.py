@@ -25,7 +25,7 @@ from starflow.model import STARFlow
 from starflow.objectstore import ObjectStore, open_store
 from starflow.prices import load_prices
 from starflow.reader import SnapshotReader
-from starflow.snapshots import Snapshot, load_snapshot
+from starflow.snapshots import Snapshot
 from training.architecture import architecture, check_data
 from training.checkpoint import Saver
 from training.conditions import Conditioner, make_conditioner
@@ -38,6 +38,7 @@ from training.lease import LeaseHeldError
 from training.loop import Loop, SaveFailedError, State, TrainingDivergedError
 from training.metrics import MetricsLog
 from training.processes import die_with_parent
+from training.record import own_snapshot
 from training.resume import check_same_encoders, resume
 from training.samples import SampleGrids, earlier_samples
 
@@ -74,7 +75,7 @@ class Rank:
 
     def _train(self, store: ObjectStore) -> Report:
         config, flow = self.config, architecture(self.config)
-        snapshot = load_snapshot(store, config.snapshot)
+        snapshot = own_snapshot(store, config)
         check_data(flow, snapshot, config.preset)
         reader = SnapshotReader(store, snapshot, config.cache / "snapshots", config.held_out)
         device = f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else "cpu"

@@ -9,13 +9,16 @@ import pytest
 
 from starflow.checkpoints import checkpoint_key
 from starflow.errors import ConfigError, NotFoundError, UnavailableError
+from starflow.snapshots import snapshot_key
+from tests.training.small_snapshot import publish_more, save_checkpoint
 from training import supervisor as supervisor_module
 from training.cluster import Place
 from training.crew import End
 from training.lease import Announced, Lease
-from training.record import resolve
+from training.record import own_snapshot, resolve
 from training.run_commands import describe_run
 from training.supervisor import Supervisor
+from training.train_command import dry_run_plan
 
 
 @pytest.mark.parametrize(
@@ -51,6 +54,40 @@ def test_a_run_that_is_under_way_keeps_its_configuration(make_config, store):
     store.write("runs/test/checkpoints/000000002.json", b"{}")
     with pytest.raises(ConfigError, match="started with seed=0"):
         resolve(store, make_config(seed=1))
+
+
+def test_a_run_stays_on_the_snapshot_that_it_was_started_with(make_config, store):
+    first, second = resolve(store, make_config()).snapshot, publish_more(store).id
+    assert resolve(store, make_config(snapshot="2")).snapshot == second  # without a step it takes another one
+    assert describe_run(store.url, "test")["snapshot"] == second
+    assert resolve(store, make_config(snapshot="1")).snapshot == first
+    store.write("runs/test/checkpoints/000000002.json", b"{}")
+    for name in ("newest", "1", first):
+        assert resolve(store, make_config(snapshot=name)).snapshot == first
+    with pytest.raises(ConfigError, match=rf"snapshot={first}, .* snapshot={second}; .*init_from={store.url}/test"):
+        resolve(store, make_config(snapshot="2"))
+
+
+def test_what_a_checkpoint_was_written_with_counts_more_than_what_the_run_began_with(make_config, store):
+    first, second = resolve(store, make_config()).snapshot, publish_more(store).id
+    save_checkpoint(store, make_config(snapshot=second, steps=9), 4)
+    assert resolve(store, make_config()).snapshot == second
+    with pytest.raises(ConfigError, match=f"started with snapshot={second}"):
+        resolve(store, make_config(snapshot=first))
+    assert {key: describe_run(store.url, "test")[key] for key in ("snapshot", "steps")} == {
+        "snapshot": second, "steps": 9
+    }  # fmt: skip
+
+
+def test_a_run_whose_snapshot_is_gone_is_told_how_to_go_on(make_config, store):
+    first = resolve(store, make_config()).snapshot
+    save_checkpoint(store, make_config(snapshot=first), 4)
+    publish_more(store)
+    store.delete([snapshot_key(1)])
+    config = resolve(store, make_config())
+    for ask in (lambda: own_snapshot(store, config), lambda: dry_run_plan(make_config())):
+        with pytest.raises(ConfigError, match=rf"snapshot {first}, .* not hold any more; .*init_from={store.url}/test"):
+            ask()
 
 
 def test_a_machine_waits_while_another_one_records_the_new_configuration(make_config, store):
