@@ -20,6 +20,7 @@ from pipelines.config import CAPTION_SETTINGS, RefreshConfig
 from pipelines.crawl import OUTCOME, UNASKED, fetch_batch
 from pipelines.datasets import import_batch
 from pipelines.filters import load_score
+from pipelines.guard import FetchPolicy
 from pipelines.ledger import get_table, put_table
 from pipelines.originals import Picture
 from pipelines.packing import pack
@@ -130,6 +131,7 @@ def crawl_batch(
     store: ObjectStore,
     batch: Batch,
     config: RefreshConfig,
+    policy: FetchPolicy,
     blocked: Callable[[str, str | None], str],
     work: Path,
     on_progress: Callable[[int], None],
@@ -147,7 +149,7 @@ def crawl_batch(
     shutil.rmtree(folder, ignore_errors=True)
     outcomes = _refused(np.flatnonzero(reasons != ""), reasons)
     if len(asked):
-        urls, policy = rows.take(asked), config.policy()
+        urls = rows.take(asked)
         if config.source == "list":
             fetched = fetch_batch(urls, policy, config.processes, config.threads, folder, rules, on_progress)
         else:

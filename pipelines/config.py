@@ -14,6 +14,7 @@ from pipelines.guard import FetchPolicy
 from pipelines.sources import Columns
 from starflow import __version__
 from starflow.config import Config
+from starflow.images import MAX_PIXELS
 from starflow.urls import host_alone
 
 #: The name that robots.txt and X-Robots-Tag rules address us by.
@@ -71,6 +72,11 @@ class CrawlConfig(Config):
         title="Own hosts",
         description="Hosts (NAME or NAME:PORT) that may have private addresses and are asked without limits.",
     )
+    block_hosts: tuple[str, ...] = Field(
+        (),
+        title="Blocked hosts",
+        description="Hosts, with their subdomains, that are never asked, nor followed to by a redirect.",
+    )
     respect_robots: bool = Field(True, title="Respect robots.txt", description="Read and obey robots.txt.")
     respect_tdm: bool = Field(
         True, title="Respect TDM reservations", description="Obey the TDM reservation protocol of the W3C group."
@@ -95,7 +101,9 @@ class CrawlConfig(Config):
     max_bytes: int = Field(
         20 * 2**20, title="Bytes per picture", description="Larger answers are dropped.", ge=1, le=2**30
     )
-    max_pixels: int = Field(2**26, title="Pixels per picture", description="Checked before decoding.", ge=1, le=2**30)
+    max_pixels: int = Field(
+        MAX_PIXELS, title="Pixels per picture", description="Checked before decoding.", ge=1, le=MAX_PIXELS
+    )
     max_frames: int = Field(
         100,
         title="Frames per picture",
@@ -120,19 +128,25 @@ class CrawlConfig(Config):
         ge=0,
     )
 
+    @field_validator("block_hosts")
+    @classmethod
+    def _canonical_hosts(cls, hosts: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(map(host_alone, hosts))
+
     def columns(self) -> Columns:
         """The mapping of the list's columns."""
         return Columns(
             url=self.url_column, caption=self.caption_column, licence=self.licence_column, extra=self.extra_columns
         )
 
-    def policy(self) -> FetchPolicy:
-        """What a fetch may do."""
+    def policy(self, taken_down: Iterable[str] = ()) -> FetchPolicy:
+        """What a fetch may do; hosts that were taken down are blocked, too."""
         contact = f" (+{self.contact})" if self.contact else ""
         return FetchPolicy(
             user_agent=f"{AGENT_TOKEN}/{__version__}{contact}",
             agent_token=AGENT_TOKEN,
             allow_host=self.allow_host,
+            block_hosts=frozenset((*self.block_hosts, *taken_down)),
             max_bytes=self.max_bytes,
             seconds=self.fetch_seconds,
             max_pixels=self.max_pixels,
@@ -169,9 +183,6 @@ class RefreshConfig(CaptionConfig, CrawlConfig):
     )
     block_words: tuple[str, ...] = Field(
         (), title="Blocked words", description="Whole words, any case, that exclude a sample when in a caption."
-    )
-    block_hosts: tuple[str, ...] = Field(
-        (), title="Blocked hosts", description="Hosts, with their subdomains, that are never asked."
     )
     languages: tuple[str, ...] = Field(
         (),
@@ -284,11 +295,6 @@ class RefreshConfig(CaptionConfig, CrawlConfig):
         description="Forget this refused candidate, named as its refusal names it, and begin anew: "
         "its URLs are asked again.",
     )
-
-    @field_validator("block_hosts")
-    @classmethod
-    def _canonical_hosts(cls, hosts: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(map(host_alone, hosts))
 
     def digest(self, names: Iterable[str]) -> str:
         """A short hash of these settings: work done under others is done again."""

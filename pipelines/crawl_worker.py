@@ -28,10 +28,11 @@ from typing import Any
 import pyarrow as pa
 
 from pipelines.crawl import FULL, FULL_SIGNAL, OPT_OUT_REASONS, CrawlJob
-from pipelines.guard import FetchError, FetchPolicy, checked, get
+from pipelines.guard import FetchError, FetchPolicy, get
 from pipelines.inspection import Inspection, InspectionError, inspect_image
 from pipelines.robots import opted_out
 from pipelines.sites import Sites
+from starflow.urls import host_of
 
 # img2dataset imports these only if they are there, and only for what is not used here: without them each
 # of its processes starts in half the time.
@@ -82,25 +83,23 @@ def fetch_image(url: str, policy: FetchPolicy, sites: Sites, validators: dict[st
         if policy.tdm and headers.get("TDM-Reservation", "").strip() == "1":
             raise FetchError("tdm_reservation", status=200)
 
-    url = checked(url)
-    with sites.turn(url):
-        answer = get(url, policy, validators, sites.permit, accept)
+    answer = get(url, policy, validators, sites.visit, accept)
     if answer.status == 304:
         raise FetchError("unchanged", status=304)
     return _Body(answer.body, answer.headers)
 
 
 @functools.cache
-def _sites(policy: FetchPolicy, cache: str) -> Sites:
-    return Sites(policy, Path(cache))
+def _sites(policy: FetchPolicy, cache: str, processes: int) -> Sites:
+    return Sites(policy, Path(cache), processes)
 
 
 class GuardedDownloader(Downloader):
     """img2dataset's downloader with its three outside contacts replaced: download, resizer, writer."""
 
-    def __init__(self, policy: FetchPolicy, rules_cache: str, **arguments: Any) -> None:
+    def __init__(self, job: CrawlJob, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self.policy, self.rules_cache = policy, rules_cache
+        self.job, self.policy = job, job.policy
         self.resizer = self.inspect
         self.sample_writer_class = OutcomeWriter
 
@@ -110,7 +109,8 @@ class GuardedDownloader(Downloader):
             shard = file.read_all()
         validators = list(zip(shard["etag"].to_pylist(), shard["last_modified"].to_pylist(), strict=True))
         rows = shard["row"].to_pylist()
-        sites = _sites(self.policy, self.rules_cache)
+        sites = _sites(self.policy, self.job.rules_cache, self.job.processes)
+        sites.assigned.update(map(host_of, shard["url"].to_pylist()))
 
         def download(sample: tuple[int, str], **_: Any) -> tuple[int, _Body | None, str | None]:
             key, url = sample
@@ -262,7 +262,7 @@ def main(job_file: str) -> None:
     _die_with_parent()
     job = CrawlJob.model_validate_json(Path(job_file).read_text(encoding="utf-8"))
     module: Any = importlib.import_module("img2dataset.main")
-    module.Downloader = functools.partial(GuardedDownloader, job.policy, job.rules_cache)
+    module.Downloader = functools.partial(GuardedDownloader, job)
     module.LoggerProcess = _NoLogger
     module.download(
         url_list=job.input,

@@ -13,19 +13,33 @@ import ssl
 import time
 import zlib
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
 from starflow.config import Config
-from starflow.urls import normalise
+from starflow.images import MAX_PIXELS
+from starflow.urls import is_below, normalise
 
 REDIRECTS = frozenset((301, 302, 303, 307, 308))
-#: Answers that may differ next time; every other failure is final.
-TRANSIENT_STATUS = frozenset((408, 425, 429, 500, 502, 503, 504, 509, 520, 521, 522, 523, 524))
+#: Answers that may differ next time, as all of 5xx; every other failure is final.
+_TRANSIENT_STATUS = frozenset((304, 408, 425, 429))
 _BLOCK = 2**16
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+#: Networks that Python's `is_global` takes for public ones.
+_NOT_PUBLIC = tuple(
+    map(
+        ipaddress.ip_network,
+        (
+            "168.63.129.16/32",  # Azure: the agent of each virtual machine, with its settings
+            "192.0.0.0/24",  # RFC 6890: protocol assignments; Oracle Cloud: metadata
+            "fec0::/10",  # RFC 3879: what site-local addresses were
+            "3fff::/20",  # RFC 9637: documentation
+        ),
+    )
+)
 
 
 class FetchPolicy(Config):
@@ -34,10 +48,11 @@ class FetchPolicy(Config):
     user_agent: str
     agent_token: str
     allow_host: tuple[str, ...] = ()
+    block_hosts: frozenset[str] = frozenset()
     max_bytes: int = 20 * 2**20
     seconds: float = 15.0
     max_redirects: int = 5
-    max_pixels: int = 2**26
+    max_pixels: int = MAX_PIXELS
     max_frames: int = 100
     robots: bool = True
     tdm: bool = True
@@ -51,7 +66,8 @@ class FetchPolicy(Config):
 
 
 class FetchError(Exception):
-    """A fetch that gave nothing: a short machine-readable reason, and whether a later try may succeed."""
+    """A fetch that gave nothing: a short machine-readable reason, whether a later try may succeed, the last HTTP
+    status that came (0: none), and for how many seconds the server asks us to wait."""
 
     def __init__(
         self, reason: str, *, transient: bool = False, status: int = 0, retry_after: float | None = None
@@ -79,7 +95,8 @@ def is_public(address: str) -> bool:
             embedded = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
         if embedded is not None:
             return is_public(str(embedded))
-    return ip.is_global and not (ip.is_multicast or ip.is_reserved or ip.is_unspecified)
+    special = ip.is_multicast or ip.is_reserved or ip.is_unspecified or any(ip in network for network in _NOT_PUBLIC)
+    return ip.is_global and not special
 
 
 def checked(url: str) -> str:
@@ -96,27 +113,50 @@ def get(
     url: str,
     policy: FetchPolicy,
     headers: Mapping[str, str] | None = None,
-    permit: Callable[[str], None] | None = None,
+    visit: Callable[[str], AbstractContextManager[object]] = nullcontext,
     accept: Callable[[http.client.HTTPMessage], None] | None = None,
+    cut: bool = False,
 ) -> Answer:
     """Fetches a URL within the policy's limits.
 
-    `permit` may refuse each hop before it is asked for, `accept` a final answer by its headers before its body is
-    read; both do so by raising FetchError. Time spent in `permit` does not count.
+    `visit` surrounds each hop, which it may delay or refuse, `accept` may refuse a final answer by its headers before
+    its body is read; both refuse by raising FetchError. Time spent on entering `visit` does not count. Of a body that
+    is too large, `cut` gives the beginning.
     Raises FetchError, and nothing else, whatever the server does.
     """
-    deadline = time.monotonic() + policy.seconds
+    deadline, status = time.monotonic() + policy.seconds, 0
     for _ in range(policy.max_redirects + 1):
-        url = checked(url)
-        if permit is not None:
+        try:
+            url = _unblocked(url, policy)
             asked = time.monotonic()
-            permit(url)
-            deadline += time.monotonic() - asked
-        answer = _request(url, policy, headers or {}, deadline, accept)
-        if answer.status not in REDIRECTS:
-            return answer
-        url = urljoin(url, answer.headers.get("Location", ""))
-    raise FetchError("redirects")
+            with visit(url):
+                deadline += time.monotonic() - asked
+                answer = _request(url, policy, headers or {}, deadline, accept, cut)
+            if answer.status not in REDIRECTS:
+                return answer
+            status = answer.status
+            url = _target(url, answer.headers["Location"])
+        except FetchError as error:
+            error.status = error.status or status
+            raise
+    raise FetchError("redirects", status=status)
+
+
+def _unblocked(url: str, policy: FetchPolicy) -> str:
+    url = checked(url)
+    if policy.block_hosts and is_below(urlsplit(url).hostname or "", policy.block_hosts):
+        raise FetchError("blocked_host")
+    return url
+
+
+def _target(url: str, location: str) -> str:
+    """Where a redirect from `url` leads; http.client reads headers as Latin-1, servers also write UTF-8."""
+    with suppress(UnicodeError):
+        location = location.encode("latin-1").decode("utf-8")
+    try:
+        return urljoin(url, location)
+    except ValueError as error:
+        raise FetchError("bad_url") from error
 
 
 def _request(
@@ -125,6 +165,7 @@ def _request(
     headers: Mapping[str, str],
     deadline: float,
     accept: Callable[[http.client.HTTPMessage], None] | None,
+    cut: bool,
 ) -> Answer:
     parts = urlsplit(url)
     host, secure = parts.hostname or "", parts.scheme == "https"
@@ -148,11 +189,14 @@ def _request(
         response = connection.getresponse()
         if accept is not None and response.status in (200, 304):
             accept(response.msg)
-        return _read(response, url, policy, deadline)
+        if response.status == 304 and headers:
+            return Answer(304, response.msg, b"", url)
+        return _read(response, url, policy.max_bytes, deadline, cut)
     except TimeoutError as error:
         raise FetchError("timeout", transient=True) from error
     except ssl.SSLError as error:
-        raise FetchError("tls") from error
+        # A handshake that is cut off may be one of a server that starts.
+        raise FetchError("tls", transient=isinstance(error, ssl.SSLEOFError)) from error
     except OSError as error:
         raise FetchError("connection", transient=True) from error
     except (http.client.HTTPException, ValueError) as error:
@@ -161,35 +205,38 @@ def _request(
         connection.close()
 
 
-def _read(response: http.client.HTTPResponse, url: str, policy: FetchPolicy, deadline: float) -> Answer:
+def _read(response: http.client.HTTPResponse, url: str, limit: int, deadline: float, cut: bool) -> Answer:
     status, headers = response.status, response.msg
     if status in REDIRECTS and headers.get("Location"):
         return Answer(status, headers, b"", url)
-    if status == 304:
-        return Answer(status, headers, b"", url)
     if status != 200:
         retry_after = _retry_after(headers.get("Retry-After"))
-        transient = status in TRANSIENT_STATUS
+        transient = status in _TRANSIENT_STATUS or 500 <= status < 600
         raise FetchError(f"http_{status}", transient=transient, status=status, retry_after=retry_after)
     length = headers.get("Content-Length", "")
     expected = int(length) if length.isdigit() else None
-    if expected is not None and expected > policy.max_bytes:
+    if expected is not None and expected > limit and not cut:
         raise FetchError("too_large", status=status)
-    body = _body(response, policy.max_bytes, deadline)
-    if expected is not None and len(body) < expected and not response.chunked:
+    body = _within(limit, _body(response, limit, deadline), cut)
+    if expected is not None and len(body) < min(expected, limit) and not response.chunked:
         raise FetchError("truncated", transient=True, status=status)
-    return Answer(status, headers, _decoded(body, headers, policy.max_bytes), url)
+    return Answer(status, headers, _within(limit, _decoded(body, headers, limit), cut), url)
+
+
+def _within(limit: int, body: bytes, cut: bool) -> bytes:
+    if len(body) > limit and not cut:
+        raise FetchError("too_large", status=200)
+    return body[:limit]
 
 
 def _body(response: http.client.HTTPResponse, limit: int, deadline: float) -> bytes:
+    """The body, or a little more of it than `limit` bytes."""
     blocks, size = [], 0
     try:
         # read1 gives what has arrived, so that the deadline is looked at between the drops of a drip.
-        while block := response.read1(_BLOCK):
+        while size <= limit and (block := response.read1(_BLOCK)):
             blocks.append(block)
             size += len(block)
-            if size > limit:
-                raise FetchError("too_large", status=response.status)
             if time.monotonic() > deadline:
                 raise FetchError("timeout", transient=True, status=response.status)
     except http.client.IncompleteRead as error:
@@ -198,7 +245,7 @@ def _body(response: http.client.HTTPResponse, limit: int, deadline: float) -> by
 
 
 def _decoded(body: bytes, headers: http.client.HTTPMessage, limit: int) -> bytes:
-    """Undoes a Content-Encoding that was sent though it was not asked for, within the limit on bytes."""
+    """Undoes a Content-Encoding that was sent though it was not asked for, up to a byte more than `limit`."""
     encoding = headers.get("Content-Encoding", "identity").strip().lower()
     if encoding in ("identity", ""):
         return body
@@ -206,12 +253,9 @@ def _decoded(body: bytes, headers: http.client.HTTPMessage, limit: int) -> bytes
         raise FetchError("content_encoding", status=200)
     inflater = zlib.decompressobj(wbits=47 if "gzip" in encoding else 15)
     try:
-        data = inflater.decompress(body, limit + 1)
+        return inflater.decompress(body, limit + 1)
     except zlib.error as error:
         raise FetchError("content_encoding", status=200) from error
-    if len(data) > limit:
-        raise FetchError("too_large", status=200)
-    return data
 
 
 def _retry_after(value: str | None) -> float | None:

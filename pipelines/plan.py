@@ -26,7 +26,7 @@ from starflow.config import Config
 from starflow.errors import AlreadyExistsError, ConfigError, NotFoundError
 from starflow.manifest import ObjectRef
 from starflow.objectstore import ObjectStore
-from starflow.urls import host_of, url_key
+from starflow.urls import host_of, is_below, url_key
 
 KIND, VERSION = "refresh-plan", 1
 #: Under a refresh's folder: the name of the candidate that the gate refused.
@@ -260,13 +260,7 @@ def _due(config: RefreshConfig, known: pa.Table, now: datetime) -> pa.Array:
 
 
 def _unblocked(config: RefreshConfig, known: pa.Table) -> pa.Array:
-    return pa.array([not is_blocked(url, config.block_hosts) for url in known["url"].to_pylist()], pa.bool_())
-
-
-def is_blocked(url: str, hosts: Iterable[str]) -> bool:
-    """Whether the URL's host is one of `hosts`, in their canonical spelling, or below one."""
-    host = host_of(url)
-    return any(host == blocked or host.endswith(f".{blocked}") for blocked in hosts)
+    return pa.array([not is_below(host_of(url), config.block_hosts) for url in known["url"].to_pylist()], pa.bool_())
 
 
 def _check_contact(config: RefreshConfig, rows: pa.Table) -> None:

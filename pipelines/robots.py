@@ -10,6 +10,8 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from urllib.parse import urlsplit
 
+from starflow.urls import resource_path
+
 #: RFC 9309, section 2.5: a crawler must read at least this much of the file, and may ignore the rest.
 ROBOTS_BYTES = 500 * 1024
 #: X-Robots-Tag directives that carry a value after a colon, so that what precedes it is no agent's name.
@@ -18,21 +20,24 @@ _VALUED = {"unavailable_after", "max-snippet", "max-image-preview", "max-video-p
 
 @dataclass(frozen=True)
 class Rules:
-    """The rules of one robots.txt group: (allowed, path pattern) pairs, and a crawl delay in seconds."""
+    """The rules of one robots.txt group: (allowed, path pattern in its one spelling), and a crawl delay in seconds."""
 
     rules: tuple[tuple[bool, str], ...] = ()
     delay: float = 0.0
 
     def allows(self, url: str) -> bool:
         """Whether the URL's path may be fetched: the longest matching pattern decides, a tie allows."""
+        if not self.rules:
+            return True
         parts = urlsplit(url)
-        path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        path = _literal((parts.path or "/") + (f"?{parts.query}" if parts.query else ""))
         verdicts = [(len(pattern), allowed) for allowed, pattern in self.rules if _matches(pattern, path)]
         return max(verdicts)[1] if verdicts else True
 
 
-#: What an unreachable robots.txt means (RFC 9309, section 2.3.1.4): nothing may be fetched for now.
-NOTHING_ALLOWED = Rules(((False, "/"),))
+def _literal(path: str) -> str:
+    """The one spelling of a path, with characters that mean something in patterns escaped (RFC 9309, 2.2.2, 2.2.3)."""
+    return resource_path(path).replace("*", "%2A").replace("$", "%24")
 
 
 def _matches(pattern: str, path: str) -> bool:
@@ -73,7 +78,7 @@ def parse_robots(text: str, agent: str) -> Rules:
             for token in agents:
                 groups[token].append((name, value))
     lines = groups.get(agent.lower(), groups.get("*", []))
-    rules = tuple((name == "allow", value) for name, value in lines if name != "crawl-delay" and value)
+    rules = tuple((name == "allow", resource_path(value)) for name, value in lines if name != "crawl-delay" and value)
     return Rules(rules, max((_seconds(value) for name, value in lines if name == "crawl-delay"), default=0.0))
 
 
@@ -142,7 +147,7 @@ def parse_tdm(text: str) -> tuple[str, ...]:
     if not isinstance(entries, list):
         return ()
     return tuple(
-        str(entry.get("location", ""))
+        resource_path(str(entry.get("location", "")))
         for entry in entries
         if isinstance(entry, dict) and str(entry.get("tdm-reservation")) == "1"
     )
@@ -150,4 +155,4 @@ def parse_tdm(text: str) -> tuple[str, ...]:
 
 def tdm_reserved(patterns: Iterable[str], url: str) -> bool:
     """Whether one of the `patterns` of `parse_tdm` covers the URL's path."""
-    return any(_matches(pattern, urlsplit(url).path or "/") for pattern in patterns)
+    return any(_matches(pattern, _literal(urlsplit(url).path or "/")) for pattern in patterns)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import threading
 import time
 from collections import defaultdict
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from pipelines.guard import FetchError, FetchPolicy, get
@@ -18,75 +20,116 @@ from pipelines.robots import ROBOTS_BYTES, Rules, parse_robots, parse_tdm, tdm_r
 
 #: How long rules are kept (RFC 9309, section 2.4: at most a day), in seconds.
 RULES_SECONDS = 86400
+#: How long it is kept that they could not be read; by one process alone.
+FAILURE_SECONDS = 300
+#: A host that asks us to wait for longer is asked for nothing more meanwhile; its URLs are for a later try.
+BUSY_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
 class SiteRules:
-    """A site's rules: robots.txt, reserved paths, and why its rules could not be read ("" when they could)."""
+    """A site's rules: robots.txt, reserved paths, why they could not be read ("" when they could), whether that is
+    final, and the time (seconds since 1970) until which all this holds."""
 
     robots: Rules = field(default_factory=Rules)
     reserved: tuple[str, ...] = ()
     failure: str = ""
+    final: bool = False
+    expires: float = math.inf
+
+    def check(self, url: str) -> None:
+        """Raises FetchError when the rules keep us from this URL, or cannot be read for now."""
+        if self.failure:
+            raise FetchError(self.failure, transient=not self.final)
+        if not self.robots.allows(url):
+            raise FetchError("robots_txt")
+        if tdm_reserved(self.reserved, url):
+            raise FetchError("tdm_reservation")
 
 
-@dataclass
 class _Turns:
-    slots: threading.BoundedSemaphore
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    next_start: float = 0.0
+    """The slots and the rate of one host; times are those of the monotonic clock."""
+
+    def __init__(self, slots: int) -> None:
+        self.slots = threading.BoundedSemaphore(slots)
+        self.lock = threading.Lock()
+        self.next_start = self.busy_until = 0.0
+
+    def wait(self, interval: float) -> None:
+        """Waits until `interval` seconds after the turn before. Raises FetchError, perhaps after a while, when the
+        host has asked us to wait for longer than is worth a thread."""
+        with self.lock:
+            self._check_busy()
+            start = max(time.monotonic(), self.next_start)
+            self.next_start = start + interval
+        while (left := max(start, self.busy_until) - time.monotonic()) > 0:
+            self._check_busy()
+            time.sleep(left)
+
+    def _check_busy(self) -> None:
+        left = self.busy_until - time.monotonic()
+        if left > BUSY_SECONDS:
+            raise FetchError("host_busy", transient=True, retry_after=left)
+
+    def heed(self, error: FetchError) -> None:
+        """Keeps the wait that a host asks for when it has too much to do."""
+        if error.status in (429, 503) and error.retry_after:
+            self.busy_until = max(self.busy_until, time.monotonic() + error.retry_after)
 
 
 class Sites:
-    """Rules and turns per site, shared by the threads of a process; rules also by processes, through `cache`."""
+    """Rules and turns per site, shared by the threads of a process; rules also by processes, through `cache`.
 
-    def __init__(self, policy: FetchPolicy, cache: Path) -> None:
-        self.policy, self.cache = policy, cache
+    Of `processes`, this one asks for the URLs of the hosts that it is `assigned`. To others it may be led by redirects,
+    as may all processes: then it takes its share of what the host is asked.
+    """
+
+    def __init__(self, policy: FetchPolicy, cache: Path, processes: int = 1) -> None:
+        self.policy, self.cache, self.processes = policy, cache, processes
+        self.assigned: set[str] = set()
         self._rules: dict[str, SiteRules] = {}
         self._locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
-        self._turns: defaultdict[str, _Turns] = defaultdict(
-            lambda: _Turns(threading.BoundedSemaphore(policy.host_concurrency))
-        )
-
-    def permit(self, url: str) -> None:
-        """Raises FetchError when the site's rules keep us from this URL, or cannot be read for now."""
-        if not (self.policy.robots or self.policy.tdm):
-            return
-        rules = self.rules(url)
-        if rules.failure:
-            raise FetchError(rules.failure, transient=True)
-        if not rules.robots.allows(url):
-            raise FetchError("robots_txt")
-        if tdm_reserved(rules.reserved, url):
-            raise FetchError("tdm_reservation")
+        self._turns: dict[str, _Turns] = {}
 
     @contextmanager
-    def turn(self, url: str) -> Iterator[None]:
-        """Waits for one of the site's slots and for its rate; listed hosts are the operator's own and need neither."""
+    def visit(self, url: str) -> Iterator[None]:
+        """Surrounds one request: checks the site's rules, then waits for one of its host's slots and for its rate.
+
+        Listed hosts are the operator's own and need no turns. Raises FetchError when the URL is not to be asked.
+        """
+        rules = self.rules(url)
+        rules.check(url)
         parts = urlsplit(url)
         host = parts.hostname or ""
         if self.policy.trusts(host, parts.port or (443 if parts.scheme == "https" else 80)):
             yield
             return
+        share = 1 if host in self.assigned else self.processes
         rate = self.policy.host_rate
-        delay = self._rules.get(_origin(url), SiteRules()).robots.delay
-        interval = max(1 / rate if rate else 0.0, delay)
-        turns = self._turns[host]
+        # setdefault, and not a defaultdict: two threads must not make two.
+        turns = self._turns.get(host) or self._turns.setdefault(
+            host, _Turns(max(1, self.policy.host_concurrency // share))
+        )
         with turns.slots:
-            with turns.lock:
-                start = max(time.monotonic(), turns.next_start)
-                turns.next_start = start + interval
-            time.sleep(max(0.0, start - time.monotonic()))
-            yield
+            turns.wait(share * max(1 / rate if rate else 0.0, rules.robots.delay))
+            try:
+                yield
+            except FetchError as error:
+                turns.heed(error)
+                raise
 
     def rules(self, url: str) -> SiteRules:
         """The rules of the URL's origin, from memory, the cache folder or the site."""
+        if not (self.policy.robots or self.policy.tdm):
+            return SiteRules()
         origin = _origin(url)
         with self._locks[origin]:
-            if origin not in self._rules:
-                self._rules[origin] = self._cached(origin)
-            return self._rules[origin]
+            known = self._rules.get(origin)
+            if known is None or known.expires < time.time():
+                known = self._rules[origin] = self._read(origin)
+            return known
 
-    def _cached(self, origin: str) -> SiteRules:
+    def _read(self, origin: str) -> SiteRules:
         path = self.cache / f"{hashlib.sha256(origin.encode()).hexdigest()[:32]}.json"
         try:
             entry = json.loads(path.read_text(encoding="utf-8"))
@@ -94,34 +137,48 @@ class Sites:
         except (FileNotFoundError, ValueError, KeyError):
             fresh = False
         if not fresh:
-            entry = self._ask(origin) | {"time": time.time()}
+            try:
+                entry = self._ask(origin) | {"time": time.time()}
+            except FetchError as error:
+                return _unreadable(error)
             unfinished = path.with_suffix(f".{threading.get_ident()}~")
             unfinished.write_text(json.dumps(entry), encoding="utf-8")
             unfinished.replace(path)
         return SiteRules(
-            parse_robots(entry["robots"], self.policy.agent_token), parse_tdm(entry["tdm"]), entry["failure"]
+            parse_robots(entry["robots"], self.policy.agent_token),
+            parse_tdm(entry["tdm"]),
+            expires=entry["time"] + RULES_SECONDS,
         )
 
-    def _ask(self, origin: str) -> dict[str, str]:
-        entry = {"robots": "", "tdm": "", "failure": ""}
-        try:
-            if self.policy.robots:
-                entry["robots"] = self._text(f"{origin}/robots.txt")
-            if self.policy.tdm:
-                entry["tdm"] = self._text(f"{origin}/.well-known/tdmrep.json")
-        except FetchError as error:
-            # RFC 9309, 2.3.1.4: a site whose rules are unreachable forbids everything until they are back.
-            entry["failure"] = error.reason if not error.status else "robots_unavailable"
-        return entry
+    def _ask(self, origin: str) -> dict[str, Any]:
+        return {
+            "robots": self._text(f"{origin}/robots.txt", cut=True) if self.policy.robots else "",
+            "tdm": self._text(f"{origin}/.well-known/tdmrep.json") if self.policy.tdm else "",
+        }
 
-    def _text(self, url: str) -> str:
+    def _text(self, url: str, cut: bool = False) -> str:
+        """A file of rules; "" when the site has none (RFC 9309, 2.3.1.2 and 2.3.1.3), which allows everything."""
+        policy = self.policy.model_copy(update={"max_bytes": ROBOTS_BYTES})
         try:
-            body = get(url, self.policy).body
+            return get(url, policy, cut=cut).body.decode("utf-8", "replace")
         except FetchError as error:
-            if error.transient:
-                raise
-            return ""  # RFC 9309, 2.3.1.3: a site without such a file allows everything
-        return body[:ROBOTS_BYTES].decode("utf-8", "replace")
+            missing = 400 <= error.status < 500 and not error.transient
+            if missing or error.reason in ("redirects", "http_204"):
+                return ""
+            raise
+
+
+def _unreadable(error: FetchError) -> SiteRules:
+    """RFC 9309, 2.3.1.4: a site whose rules are unreachable forbids everything until they are back.
+
+    When no answer came at all, its URLs fail as its rules did.
+    """
+    answered = error.status != 0
+    return SiteRules(
+        failure="robots_unavailable" if answered else error.reason,
+        final=not (answered or error.transient),
+        expires=time.time() + FAILURE_SECONDS,
+    )
 
 
 def _origin(url: str) -> str:

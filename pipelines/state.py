@@ -11,13 +11,15 @@ import pyarrow as pa
 
 from pipelines import batches
 from pipelines.config import RefreshConfig
+from pipelines.guard import FetchPolicy
 from pipelines.ledger import Ledger, get_table
-from pipelines.plan import Batch, Plan, Workspace, is_blocked
+from pipelines.plan import Batch, Plan, Workspace
 from pipelines.revalidation import LEFT
 from starflow.errors import NotFoundError
 from starflow.objectstore import open_store
 from starflow.snapshots import Snapshot, load_snapshot, newest_snapshot, snapshot_numbers
 from starflow.takedowns import Takedowns
+from starflow.urls import host_of, is_below
 
 #: A small dictionary with at least `event`; what progress bars and run pages show.
 Event = dict[str, Any]
@@ -103,9 +105,14 @@ class RefreshState:
                 found.append(get_table(self.store, record.left))
         return pa.concat_tables(found)
 
+    @property
+    def policy(self) -> FetchPolicy:
+        """What a fetch may do; redirects, too, lead to no host that was taken down."""
+        return self.config.policy(value for kind, value in self.takedowns.entries if kind == "host")
+
     def blocked(self, url: str, known_id: str | None) -> str:
         """Why the URL, which gave the content `known_id` last time, is not asked for; "" when it is."""
-        if is_blocked(url, self.config.block_hosts):
+        if is_below(host_of(url), self.config.block_hosts):
             return "blocked_host"
         return "takedown" if self.takedowns.blocks([known_id], [url])[0] else ""
 

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import re
 import string
+from collections.abc import Collection
 from urllib.parse import quote, urlsplit, urlunsplit
 
 #: Characters that may stand for themselves in a path or query (RFC 3986, section 3.3), and existing escapes.
@@ -83,6 +84,12 @@ def resource(url: str) -> str:
         return url
 
 
+def resource_path(path: str) -> str:
+    """A path, with its query, as `resource` spells it; also a pattern of paths."""
+    path = path.encode("utf-8", "replace").decode("utf-8")  # JSON may hold half of a character
+    return re.sub("%[0-9A-Fa-f]{2}", _escaped, _escape(path, "?"))
+
+
 def _escaped(found: re.Match[str]) -> str:
     character = chr(int(found[0][1:], 16))
     return character if character in _UNRESERVED else found[0].upper()
@@ -94,6 +101,12 @@ def url_key(url: str) -> str:
     What cannot be normalised has a key, too, so that it is refused once and not again each night.
     """
     return hashlib.sha256(canonical(url).encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+def is_below(host: str, hosts: Collection[str]) -> bool:
+    """Whether a host is one of `hosts`, or below one; all in their canonical spelling."""
+    labels = host.split(".") if hosts else []
+    return any(".".join(labels[start:]) in hosts for start in range(len(labels)))
 
 
 def host_of(url: str) -> str:

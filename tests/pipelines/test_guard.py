@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import socket
 import ssl
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from typing import Any
@@ -11,6 +15,7 @@ from typing import Any
 import pytest
 
 from pipelines.guard import FetchError, FetchPolicy, _retry_after, checked, get, is_public
+from tests.pipelines.hostile_web import response
 
 POLICY = FetchPolicy(user_agent="starflow/0", agent_token="starflow", seconds=2.0)
 
@@ -41,6 +46,11 @@ POLICY = FetchPolicy(user_agent="starflow/0", agent_token="starflow", seconds=2.
         ("64:ff9b::a00:1", False),
         ("2002:7f00:1::", False),
         ("2001:0:7f00:1::", False),
+        ("168.63.129.16", False),
+        ("192.0.0.192", False),
+        ("::ffff:168.63.129.16", False),
+        ("fec0::1", False),
+        ("3fff::1", False),
     ],
 )
 def test_is_public(address: str, public: bool) -> None:
@@ -132,18 +142,99 @@ def test_names_that_do_not_resolve(monkeypatch: pytest.MonkeyPatch) -> None:
     assert caught.value.transient
 
 
-def test_a_server_that_speaks_no_tls_is_a_tls_failure() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        import threading
+@contextmanager
+def serving(*answers: bytes) -> Iterator[tuple[str, list[str]]]:
+    """A server that gives one answer after the other, the last one again and again; (its host and port, paths)."""
+    paths: list[str] = []
 
-        def answer() -> None:
-            connection, _ = server.accept()
+    def serve(server: socket.socket) -> None:
+        while True:
+            try:
+                connection, _ = server.accept()
+            except OSError:
+                return
             with connection:
-                connection.recv(100)
-                connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+                paths.append(connection.recv(65536).partition(b" ")[2].partition(b" ")[0].decode("latin-1"))
+                connection.sendall(answers[min(len(paths), len(answers)) - 1])
 
-        threading.Thread(target=answer, daemon=True).start()
-        policy = POLICY.model_copy(update={"allow_host": ("127.0.0.1",)})
-        with pytest.raises(FetchError, match="tls") as caught:
-            get(f"https://127.0.0.1:{server.getsockname()[1]}/a.png", policy)
-        assert isinstance(caught.value.__cause__, ssl.SSLError)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=serve, args=(server,), daemon=True).start()
+        yield f"127.0.0.1:{server.getsockname()[1]}", paths
+        server.shutdown(socket.SHUT_RDWR)
+
+
+OWN = POLICY.model_copy(update={"allow_host": ("127.0.0.1",)})
+
+
+def moved(location: str) -> bytes:
+    return response(b"", f"Location: {location}", status="HTTP/1.1 302 Found")
+
+
+def refusal(*answers: bytes, scheme: str = "http", policy: FetchPolicy = OWN, **options: Any) -> FetchError:
+    """What a fetch from a server with these answers ends with."""
+    with serving(*answers) as (place, _), pytest.raises(FetchError) as caught:
+        get(f"{scheme}://{place}/a.png", policy, **options)
+    return caught.value
+
+
+def test_a_server_that_speaks_no_tls_is_a_tls_failure() -> None:
+    error = refusal(b"HTTP/1.1 400 Bad Request\r\n\r\n", scheme="https")
+    assert (error.reason, error.transient) == ("tls", False)
+    assert isinstance(error.__cause__, ssl.SSLError)
+
+
+def test_a_cut_tls_handshake_may_succeed_next_time() -> None:
+    error = refusal(b"", scheme="https")
+    assert (error.reason, error.transient) == ("tls", True)
+
+
+@pytest.mark.parametrize("status", [500, 501, 505, 508, 511, 526, 530, 429, 408])
+def test_what_servers_cannot_do_now_they_may_do_later(status: int) -> None:
+    assert refusal(response(b"", status=f"HTTP/1.1 {status} No")).transient
+
+
+def test_a_304_that_was_not_asked_for_is_a_failure() -> None:
+    answer = b"HTTP/1.1 304 Not Modified\r\n\r\n"
+    error = refusal(answer)
+    assert (error.reason, error.transient) == ("http_304", True)
+    with serving(answer) as (place, _):
+        assert get(f"http://{place}/a.png", OWN, {"If-None-Match": '"1"'}).status == 304
+
+
+def test_a_location_in_utf_8_is_followed() -> None:
+    with serving(moved("/\u00fc.png".encode().decode("latin-1")), response(b"x")) as (place, paths):
+        assert get(f"http://{place}/a.png", OWN).body == b"x"
+    assert paths == ["/a.png", "/%C3%BC.png"]
+
+
+def test_a_location_that_is_no_url_is_refused() -> None:
+    assert refusal(moved("http://[")).reason == "bad_url"
+
+
+@pytest.mark.parametrize("location", ["http://blocked.example/", "http://IMG.blocked.example./a"])
+def test_a_redirect_to_a_blocked_host_is_not_followed(location: str) -> None:
+    policy = OWN.model_copy(update={"block_hosts": frozenset(("blocked.example",))})
+    error = refusal(moved(location), policy=policy)
+    assert (error.reason, error.transient, error.status) == ("blocked_host", False, 302)
+
+
+def test_each_hop_is_visited_and_its_wait_does_not_count() -> None:
+    visited: list[str] = []
+
+    def visit(url: str) -> nullcontext[None]:
+        visited.append(url)
+        return nullcontext()
+
+    with serving(moved("/b"), response(b"x")) as (place, _):
+        get(f"http://{place}/a", OWN, visit=visit)
+        assert visited == [f"http://{place}/a", f"http://{place}/b"]
+
+
+@pytest.mark.parametrize("encode", [bytes, gzip.compress])
+def test_a_body_may_be_cut_instead_of_refused(encode: Callable[[bytes], bytes]) -> None:
+    headers = ["Content-Encoding: gzip"] if encode is gzip.compress else []
+    policy = OWN.model_copy(update={"max_bytes": 100})
+    answer = response(encode(b"x" * 10**6), *headers)
+    assert refusal(answer, policy=policy).reason == "too_large"
+    with serving(answer) as (place, _):
+        assert get(f"http://{place}/a", policy, cut=True).body == b"x" * 100

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from datetime import UTC, datetime
 
 import pytest
@@ -41,6 +42,33 @@ Disallow: /
 )
 def test_the_longest_match_decides(path: str, allowed: bool) -> None:
     assert parse_robots(ROBOTS, "starflow").allows(f"http://a.example{path}") is allowed
+
+
+@pytest.mark.parametrize(
+    ("pattern", "path"),
+    [
+        ("/\u00fc/", "/%C3%BC/a.png"),
+        ("/%c3%bc/", "/%C3%BC/a.png"),
+        ("/%7Ejoe/", "/~joe/a.png"),
+        ("/~joe/", "/%7ejoe/a.png"),
+        ("/a b", "/a%20b.png"),
+        ("/a%3cd.html", "/a%3Cd.html"),
+        ("/file-%2A.png", "/file-*.png"),
+        ("/foo-%24", "/foo-$"),
+        ("/*?q=\u00fc$", "/x?q=%C3%BC"),
+    ],
+)
+def test_all_spellings_of_a_path_match(pattern: str, path: str) -> None:
+    """RFC 9309, section 2.2.2 and 2.2.3."""
+    rules = parse_robots(f"User-agent: *\nDisallow: {pattern}\nAllow: /%2F", "starflow")
+    assert not rules.allows(f"http://a.example{path}")
+    assert rules.allows("http://a.example/other")
+    tdm = parse_tdm(json.dumps([{"location": pattern.replace("?q=\u00fc", ""), "tdm-reservation": 1}]))
+    assert tdm_reserved(tdm, f"http://a.example{path}")
+
+
+def test_an_escaped_slash_is_no_slash() -> None:
+    assert parse_robots("User-agent: *\nDisallow: /a/b", "starflow").allows("http://a.example/a%2Fb")
 
 
 def test_groups() -> None:

@@ -59,3 +59,11 @@ def test_what_was_taken_down_is_never_asked_for_again(bench: Bench, kind: str) -
         dropped.append(bench.refresh(listed, revalidate_days=1).dropped)
     assert bench.web.requests == {url(0): 4, url(1): 1, url(2): 4}
     assert dropped == [{"takedown": 1}, {}, {}]
+
+
+def test_redirects_lead_to_no_blocked_host_and_none_that_was_taken_down(bench: Bench, tmp_path: Path) -> None:
+    listed = bench.write_list({url(0): png(0), url(1): png(1)})
+    bench.refresh(listed)
+    take_down(open_store(bench.store), Takedowns([("host", "Gone.example"), ("url", url(1))]))
+    state = RefreshState(bench.config(listed, block_hosts=("Blocked.example",)), tmp_path / "work", lambda event: None)
+    assert state.policy.block_hosts == {"blocked.example", "gone.example"}

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from starflow.urls import host_of, normalise, url_key
+from starflow.urls import host_of, is_below, normalise, resource_path, url_key
 
 
 @pytest.mark.parametrize(
@@ -54,3 +54,17 @@ def test_normalising_twice_is_normalising_once(path: str, query: str) -> None:
     once = normalise("http://example.com/" + path.replace("#", "") + "?" + query.replace("#", ""))
     assert normalise(once) == once
     assert once.isascii()
+
+
+@pytest.mark.parametrize(
+    ("host", "below"),
+    [("a.example", True), ("x.y.a.example", True), ("b.example", False), ("ba.example", False), ("example", False)],
+)
+def test_a_host_is_below_itself_and_its_domains(host: str, below: bool) -> None:
+    assert is_below(host, {"a.example", "c.example"}) is below
+    assert not is_below(host, ())
+
+
+def test_paths_have_one_spelling() -> None:
+    assert resource_path("/\u00fc%7e%3c b?x=*$") == "/%C3%BC~%3C%20b?x=*$"
+    assert resource_path("/\ud800") == "/?"
