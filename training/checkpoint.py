@@ -141,7 +141,7 @@ class Saver:
         self._thread: threading.Thread | None = None
         #: Saves that failed since the last one that committed, and why the last one did.
         self.failures = 0
-        self.error = ""
+        self.error, self._lost = "", ""
         #: Last step known to be committed.
         self.committed: int | None = None
 
@@ -162,11 +162,16 @@ class Saver:
         self._thread.start()
 
     def wait(self, beat: Callable[[], None]) -> None:
-        """Blocks until no save is in flight, calling `beat` meanwhile."""
+        """Blocks until no save is in flight, calling `beat` meanwhile. Raises RuntimeError when it has lost a rank.
+
+        That is no failed save: another attempt, with all ranks, may well save.
+        """
         while self._thread is not None and self._thread.is_alive():
             self._thread.join(timeout=0.2)
             beat()
         self._thread = None
+        if self._lost:
+            raise RuntimeError(self._lost)
 
     def close(self) -> None:
         """Ends the uploader."""
@@ -184,7 +189,7 @@ class Saver:
             verdict = [error]
             dist.broadcast_object_list(verdict, 0, group=self._group)
         except RuntimeError as lost:  # a rank is gone, and training is about to notice, too
-            self.failures, self.error = self._config.max_failed_saves, f"a rank was lost while saving: {lost}"
+            self._lost = f"a rank was lost while saving step {trained.step}: {lost}"
             return
         if verdict[0] is None:
             self.failures, self.error, self.committed = 0, "", trained.step

@@ -116,6 +116,17 @@ def test_a_run_taken_over_by_another_writer_commits_nothing(saved, store, metric
     assert load_manifest(store, "test").step == 4
 
 
+def test_a_rank_that_is_lost_during_the_last_save_is_no_failed_save(saved, store, metrics, monkeypatch):
+    def lose(*args, **kwargs):
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr("training.checkpoint.dist.all_gather_object", lose)
+    with pytest.raises(RuntimeError, match="lost while saving step 6: Connection closed"):  # which is tried again
+        saved.save(6, metrics)
+    assert saved.saver.failures == 0
+    assert load_manifest(store, "test").step == 4
+
+
 def test_missing_objects_fall_back_and_nothing_left_moves_nothing(saved, make_config, store):
     newest, oldest = load_manifest(store, "test", 4).shards[0].optimizer.key, load_manifest(store, "test", 2)
     data = {key: store.read(key) for key in (newest, oldest.shards[0].ema.key)}
