@@ -202,10 +202,10 @@ def caption_batch(
     table = get_table(store, crawl.fetched)
     table = table.filter(pc.equal(table["status"], "ok"))
     alts = AltText().caption([], table["caption"].to_pylist())
-    layers = [(AltText.name, AltText.version, alts)]
+    layers, refused = [(AltText.name, AltText.version, alts)], dict[str, int]()
     if not isinstance(captioner, AltText) and crawl.images is not None:
         prefix = f"{batch.folder}captions/{config.digest(CAPTION_SETTINGS)}/"
-        texts = _model_captions(prefix, crawl.images, table, alts, captioner)
+        texts, refused = _model_captions(prefix, crawl.images, table, alts, captioner)
         layers.append((captioner.name, captioner.version, texts))
     captions = [
         [
@@ -220,7 +220,7 @@ def caption_batch(
     record = CaptionRecord(
         captions=ref,
         captioner=f"{captioner.name} {captioner.version}",
-        quality=caption_quality([str(each[-1]["text"]) if each else "" for each in captions]),
+        quality=caption_quality([str(each[-1]["text"]) if each else "" for each in captions]) | refused,
         settings=config.digest(CAPTION_SETTINGS),
     )
     committed: CaptionRecord = _replace_record(store, batch, record)
@@ -230,7 +230,7 @@ def caption_batch(
 
 def _model_captions(
     prefix: str, images: ObjectRef, table: pa.Table, alts: list[str], captioner: Captioning
-) -> list[str]:
+) -> tuple[list[str], dict[str, int]]:
     places = zip(table["offset"].to_pylist(), table["size"].to_pylist(), strict=True)
     pictures = [Picture(row, images.key, offset, size) for row, (offset, size) in enumerate(places)]
     return captioner.captions(prefix, pictures, alts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import http.client
 import io
 import json
 import os
@@ -12,7 +13,9 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any, Protocol
 
 from PIL import Image
@@ -26,10 +29,20 @@ from starflow.errors import StarflowError
 MAX_SIDE = 768
 #: Tries of one request, over about half a minute.
 ATTEMPTS = 6
+#: HTTP statuses that speak of one picture, or its prompt: it is broken, too large, of no known kind, or not wanted.
+REFUSALS = frozenset((400, 413, 415, 422))
 
 
 class CaptionError(StarflowError):
     """A captioner that cannot be used, or that keeps failing."""
+
+
+class RefusedError(CaptionError):
+    """One picture that the captioner refuses, for a `reason` such as http_400; of others it goes on to be asked."""
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class CaptionConfig(Config):
@@ -87,8 +100,11 @@ class Captioner(Protocol):
         """Version of its captions."""
         ...
 
-    def caption(self, images: list[Image.Image], alts: list[str]) -> list[str]:
-        """One caption for each picture, in order; an empty one when there is nothing to say."""
+    def caption(self, images: list[Image.Image], alts: list[str]) -> Sequence[str | CaptionError]:
+        """For each picture, in order, its caption, empty when there is nothing to say, or why there is none.
+
+        A RefusedError is about that picture; any other error ends captioning.
+        """
         ...
 
 
@@ -106,7 +122,8 @@ class EndpointCaptioner:
     """A vision model behind an OpenAI-compatible endpoint (vLLM and the like).
 
     The key, if it needs one, is read from OPENAI_API_KEY. Requests run side by side within `rate` a second; 429,
-    5xx and time-outs are tried again, honouring Retry-After. Once `budget` tokens are used up, CaptionError is raised.
+    5xx, time-outs and answers that break off are tried again, honouring Retry-After. The first lasting failure, such as
+    `budget` tokens that are used up, ends captioning: no further picture is asked for.
     """
 
     def __init__(
@@ -117,14 +134,35 @@ class EndpointCaptioner:
         self.version = hashlib.sha256(f"{prompt}\n{max_tokens}".encode()).hexdigest()[:12]
         self.max_tokens, self.budget = max_tokens, budget
         self.tokens = 0
+        self._works = False  # once a picture has gone through
+        self._failure: CaptionError | None = None
         self._interval = 1 / rate if rate else 0.0
         self._next_start = 0.0
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix="caption")
 
-    def caption(self, images: list[Image.Image], alts: list[str]) -> list[str]:
-        """Asks for all captions; raises CaptionError when one cannot be had."""
-        return list(self._pool.map(self._ask, images, alts))
+    def caption(self, images: list[Image.Image], alts: list[str]) -> Sequence[str | CaptionError]:
+        """Asks for all captions. An endpoint that takes no picture at all refuses none: that is a lasting failure."""
+        answers = list(self._pool.map(self._answer, images, alts))
+        refused = any(isinstance(answer, RefusedError) for answer in answers)
+        if refused and not self._works:  # nothing has gone through yet: would a picture of ours?
+            self._answer(Image.new("RGB", (64, 64), "grey"), "")
+        if self._works:
+            return answers
+        return [CaptionError(str(each)) if isinstance(each, RefusedError) else each for each in answers]
+
+    def _answer(self, image: Image.Image, alt: str) -> str | CaptionError:
+        if self._failure is not None:
+            return self._failure
+        try:
+            text = self._ask(image, alt)
+        except RefusedError as error:
+            return error
+        except CaptionError as error:
+            self._failure = error
+            return error
+        self._works = True
+        return text
 
     def _ask(self, image: Image.Image, alt: str) -> str:
         if self.budget is not None and self.tokens >= self.budget:
@@ -166,16 +204,21 @@ class EndpointCaptioner:
                     answer: dict[str, Any] = json.load(response)
                     return answer
             except urllib.error.HTTPError as error:
-                failure = f"HTTP {error.code}: {error.read(200).decode('utf-8', 'replace')}"
+                failure = f"HTTP {error.code}: {_said(error)}"
+                if error.code in REFUSALS:
+                    raise RefusedError(self._no_caption(failure), f"http_{error.code}") from error
                 if error.code not in (408, 409, 429) and error.code < 500:
                     break
                 asked = error.headers.get("Retry-After", "")
                 wait = min(float(asked), 60.0) if asked.isdigit() else wait
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, http.client.HTTPException) as error:
                 failure = str(error)
             if attempt < ATTEMPTS - 1:
                 time.sleep(wait)
-        raise CaptionError(
+        raise CaptionError(self._no_caption(failure))
+
+    def _no_caption(self, failure: str) -> str:
+        return (
             f"no caption from {self.url} for model {self.name!r}: {failure}; check captioner, captioner_model and "
             "OPENAI_API_KEY, then run the same command again to go on from here"
         )
@@ -185,6 +228,13 @@ class EndpointCaptioner:
             start = max(time.monotonic(), self._next_start)
             self._next_start = start + self._interval
         time.sleep(max(0.0, start - time.monotonic()))
+
+
+def _said(error: urllib.error.HTTPError) -> str:
+    """The beginning of the answer's body, as far as it comes."""
+    with suppress(OSError, http.client.HTTPException):
+        return error.read(200).decode("utf-8", "replace")
+    return "(no text)"
 
 
 def _data_uri(image: Image.Image) -> str:

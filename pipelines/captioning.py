@@ -1,5 +1,7 @@
 """Captions many pictures in chunks that are committed one by one: a kill costs at most the chunks in hand.
 
+A captioner that fails costs nothing: what it has answered of a chunk is kept, and only the rest is asked for next time.
+
 A captioner behind an endpoint is asked from here. A Hugging Face model runs on Ray actors, each of which fetches,
 decodes and captions a chunk a call; a chunk whose actor died is given to another.
 """
@@ -7,19 +9,21 @@ decodes and captions a chunk a call; a chunk whose actor died is given to anothe
 from __future__ import annotations
 
 import hashlib
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from typing import Any, Protocol
 
 from PIL import Image
+from pydantic import Field
 
 from pipelines.actors import JOBS_IN_HAND, Job, Resources, actor_pool
-from pipelines.captioners import CaptionConfig, Captioner, load_captioner
+from pipelines.captioners import CaptionConfig, Captioner, CaptionError, RefusedError, load_captioner
 from pipelines.originals import Picture, fetch, spans
 from starflow import manifest
+from starflow.config import Config
 from starflow.errors import AlreadyExistsError, NotFoundError
 from starflow.images import ImageError, decode_image
 from starflow.objectstore import ObjectStore, open_store
@@ -27,6 +31,15 @@ from starflow.objectstore import ObjectStore, open_store
 KIND, VERSION = "captions", 1
 #: Pictures of a chunk.
 CHUNK = 64
+
+
+class Chunk(Config):
+    """A chunk's captions by row (None: there is no picture, or no answer yet), how its pictures were had, and how many
+    the captioner has refused, by reason."""
+
+    captions: tuple[str | None, ...]
+    pictures: dict[str, int]
+    refused: dict[str, int] = Field(default={})
 
 
 class Pool(Protocol):
@@ -63,23 +76,45 @@ class CaptionWorker:
         return self.commit(record, originals(self.store, pictures), alts)
 
     def commit(
-        self, record: str, images: dict[int, Image.Image], alts: Sequence[str], decoded: int = 0
+        self, record: str, images: dict[int, Image.Image], alts: Sequence[str], decoded: Collection[int] = ()
     ) -> dict[str, int]:
-        """Commits, under the key `record`, a caption for each of `alts`, of the images by row; returns their counts.
+        """Commits, under the key `record`, a caption for each of `alts`, of the images by row; returns how many were
+        asked for.
 
-        `decoded` of the images come from latents.
+        The rows `decoded` come from latents. A picture that the captioner refuses has an empty caption. When the
+        captioner fails, what it has answered is kept beside `record` before its error is raised.
         """
-        rows = list(images)
+        begun = self._begun(record, len(alts))
+        captions, refused = list(begun.captions), Counter(begun.refused)
+        rows = [row for row in images if captions[row] is None]
         answers = self.captioner.caption([images[row] for row in rows], [alts[row] for row in rows])
-        captions = [""] * len(alts)
-        for row, text in zip(rows, answers, strict=True):
-            captions[row] = " ".join(text.split())
-        counts = {"original": len(rows) - decoded, "decoded": decoded}
+        failure: CaptionError | None = None
+        for row, answer in zip(rows, answers, strict=True):
+            if isinstance(answer, str):
+                captions[row] = " ".join(answer.split())
+            elif isinstance(answer, RefusedError):
+                captions[row] = ""
+                refused[f"refused:{answer.reason}"] += 1
+            else:
+                failure = answer
+        latents = len(set(rows) & set(decoded))
+        counts = {"original": len(rows) - latents, "decoded": latents}
+        body = Chunk(captions=tuple(captions), pictures=counts, refused=refused).model_dump(mode="json")
+        if failure is not None:
+            self.store.write(_begun_key(record), manifest.encode(KIND, VERSION, body))
+            raise failure
         try:
-            manifest.commit(self.store, record, KIND, VERSION, {"captions": captions, "pictures": counts})
+            manifest.commit(self.store, record, KIND, VERSION, body)
         except AlreadyExistsError:  # another worker, thought dead, was first: its captions hold
-            return load_chunk(self.store, record)[1]
+            return load_chunk(self.store, record).pictures
         return counts
+
+    def _begun(self, record: str, count: int) -> Chunk:
+        """What an earlier call has left of the chunk, when its captioner failed."""
+        try:
+            return load_chunk(self.store, _begun_key(record))
+        except NotFoundError:
+            return Chunk(captions=(None,) * count, pictures={})
 
 
 def originals(
@@ -102,15 +137,29 @@ def originals(
     return dict(sorted(found.items()))
 
 
-def load_chunk(store: ObjectStore, record: str) -> tuple[list[str], dict[str, int]]:
-    """A committed chunk's captions, and how its pictures were had."""
-    body = manifest.load(store, record, KIND, VERSION)
-    return body["captions"], body["pictures"]
+def load_chunk(store: ObjectStore, record: str) -> Chunk:
+    """A committed chunk."""
+    return Chunk.model_validate(manifest.load(store, record, KIND, VERSION))
+
+
+def load_chunks(store: ObjectStore, prefix: str, numbers: Iterable[int]) -> tuple[list[str], dict[str, int]]:
+    """The captions of these committed chunks one after the other, and how many were refused, by reason."""
+    captions: list[str] = []
+    refused: Counter[str] = Counter()
+    for number in numbers:
+        chunk = load_chunk(store, chunk_key(prefix, number))
+        captions += [text or "" for text in chunk.captions]
+        refused.update(chunk.refused)
+    return captions, dict(refused)
 
 
 def chunk_key(prefix: str, number: int) -> str:
     """Key of the record of chunk `number`."""
     return f"{prefix}{number:06d}.json"
+
+
+def _begun_key(record: str) -> str:
+    return f"{record.removesuffix('.json')}.begun.json"
 
 
 class Captioning:
@@ -120,8 +169,13 @@ class Captioning:
         self.store, self.pool = store, pool
         self.name, self.version = pool.ask("identity")
 
-    def captions(self, prefix: str, pictures: Sequence[Picture], alts: Sequence[str]) -> list[str]:
-        """One caption for each of `alts`; `pictures` are theirs by row. Chunks are kept under the key `prefix`."""
+    def captions(
+        self, prefix: str, pictures: Sequence[Picture], alts: Sequence[str]
+    ) -> tuple[list[str], dict[str, int]]:
+        """(one caption for each of `alts`, how many pictures were refused, by reason); `pictures` are theirs by row.
+
+        Chunks are kept under the key `prefix`.
+        """
         done = {info.key for info in self.store.list(prefix)}
         chunks = -(-len(alts) // CHUNK)
         by_chunk: list[list[Picture]] = [[] for _ in range(chunks)]
@@ -134,7 +188,7 @@ class Captioning:
         )
         for _ in self.pool.map("caption", jobs):
             pass
-        return [text for number in range(chunks) for text in load_chunk(self.store, chunk_key(prefix, number))[0]]
+        return load_chunks(self.store, prefix, range(chunks))
 
 
 @contextmanager

@@ -73,7 +73,10 @@ class RecaptionResult(Config):
     reused: int = Field(description="Pictures whose new captions were there already.")
     total: int
     pictures: dict[str, int] = Field(description="How pictures captioned by this call were had: original or decoded.")
-    quality: dict[str, int] = Field(description="Figures of the new captions; see pipelines.texts.caption_quality.")
+    quality: dict[str, int] = Field(
+        description="Figures of the new captions, see pipelines.texts.caption_quality; refused:REASON counts pictures "
+        "that the endpoint refused."
+    )
     seconds: dict[str, float]
 
 
@@ -313,14 +316,15 @@ def _finish(
 ) -> FinishedLayer:
     """Writes a part's layer from its chunks, which are then deleted."""
     samples = pq.read_table(pa.BufferReader(manifest.get(store, part.samples)), columns=["row"])
-    texts = load_captions(store, part, layer, 0, part.count)
+    texts, refused = load_captions(store, part, layer, 0, part.count)
     captions: list[str | None] = [None] * part.rows
     for row, caption in zip(samples["row"].to_pylist(), texts, strict=True):
         captions[row] = caption or None
     states = None
     if text is not None and refs is not None:
         states = (text.spec.model_copy(update={"shape": (part.rows, *text.spec.shape[1:])}), refs)
-    finished = FinishedLayer(layer=add_layer(store, part, layer, captions, states), quality=caption_quality(texts))
+    quality = caption_quality(texts) | refused
+    finished = FinishedLayer(layer=add_layer(store, part, layer, captions, states), quality=quality)
     manifest.commit(store, _record_key(part, layer), KIND, VERSION, finished.model_dump(mode="json"))
     _delete_chunks(store, part, layer)
     return finished

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from pipelines.captioners import AltText, CaptionConfig
-from pipelines.captioning import CHUNK, CaptionWorker, chunk_key, load_chunk, originals
+from pipelines.captioning import CHUNK, CaptionWorker, chunk_key, load_chunks, originals
 from pipelines.originals import Picture
 from starflow.encoders import VAE, TextEncoder, VAEIdentity, load_text_encoder, load_vae, to_pixels
 from starflow.errors import StoreError
@@ -55,7 +55,7 @@ class RecaptionWorker(CaptionWorker):
             latents = reader.gather(part.grid, ordinals[lost]).mean
             images |= dict(zip(lost, self._decode(latents), strict=True))
         alts = [texts[0] if texts else "" for texts in reader.captions(part.grid, ordinals, AltText.name)]
-        return self.commit(chunk_key(work_prefix(part, layer), number), dict(sorted(images.items())), alts, len(lost))
+        return self.commit(chunk_key(work_prefix(part, layer), number), dict(sorted(images.items())), alts, lost)
 
     def states(self, shard: int, snapshot: Snapshot, layer: LayerPlan) -> ShardRef:
         """Writes one shard of the text states of the part's new captions, unless it is there."""
@@ -66,7 +66,7 @@ class RecaptionWorker(CaptionWorker):
         rows = reader.samples(part.grid, np.arange(part.count))["row"].to_numpy()
         start, stop = shard * part.shard, min((shard + 1) * part.shard, part.rows)
         first, last = np.searchsorted(rows, (start, stop))
-        captions = load_captions(self.store, part, layer, int(first), int(last))
+        captions, _ = load_captions(self.store, part, layer, int(first), int(last))
         chosen = [(row - start, text) for row, text in zip(rows[first:last], captions, strict=True) if text]
         states = np.zeros((stop - start, self._encoder.length, self._encoder.width), np.float16)
         for begin in range(0, len(chosen), _TEXTS):
@@ -123,9 +123,11 @@ def work_prefix(part: Part, layer: LayerPlan) -> str:
     return f"{layer_folder(part, layer)}/chunks-{CHUNK}/"
 
 
-def load_captions(store: ObjectStore, part: Part, layer: LayerPlan, first: int, last: int) -> list[str]:
-    """The captioned samples [first, last) of the part, from their chunks."""
+def load_captions(
+    store: ObjectStore, part: Part, layer: LayerPlan, first: int, last: int
+) -> tuple[list[str], dict[str, int]]:
+    """Captions of the part's samples [first, last), and how many pictures of their chunks were refused, by reason."""
     chunks = range(first // CHUNK, -(-last // CHUNK))
-    texts = [text for n in chunks for text in load_chunk(store, chunk_key(work_prefix(part, layer), n))[0]]
+    texts, refused = load_chunks(store, work_prefix(part, layer), chunks)
     skip = first - chunks.start * CHUNK
-    return texts[skip : skip + last - first]
+    return texts[skip : skip + last - first], refused

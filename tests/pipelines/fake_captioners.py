@@ -18,12 +18,14 @@ COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 
 
 class Endpoint:
-    """Names the colour of the picture it is sent; `failures` are answered first, by status."""
+    """Names the colour of the picture it is sent; `failures` are answered first, by status (0: an answer that breaks
+    off), and pictures of the colours in `refused` always with its status."""
 
     def __init__(self) -> None:
         self.requests: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
         self.failures: list[int] = []
+        self.refused: dict[str, int] = {}
         self.answer: Any = None
         endpoint = self
 
@@ -32,10 +34,11 @@ class Endpoint:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 endpoint.requests.append(body)
                 endpoint.keys.append(self.headers["Authorization"])
-                status = endpoint.failures.pop(0) if endpoint.failures else 200
-                data = json.dumps(endpoint.answer or _answer(body) if status == 200 else {"error": "busy"}).encode()
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(data)))
+                status = endpoint.failures.pop(0) if endpoint.failures else endpoint.refused.get(_colour(body), 200)
+                text = json.dumps(endpoint.answer or _answer(body) if status in (0, 200) else {"error": "busy"})
+                data = text.encode()
+                self.send_response(status or 200)
+                self.send_header("Content-Length", str(len(data) + (not status)))
                 self.send_header("Retry-After", "0")
                 self.end_headers()
                 self.wfile.write(data)
@@ -47,12 +50,15 @@ class Endpoint:
         self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
 
 
-def _answer(body: dict[str, Any]) -> dict[str, Any]:
+def _colour(body: dict[str, Any]) -> str:
     uri = body["messages"][0]["content"][0]["image_url"]["url"]
     picture = Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
     pixel = picture.getpixel((0, 0))
-    name = min(COLOURS, key=lambda c: sum(abs(a - b) for a, b in zip(COLOURS[c], pixel, strict=True)))
-    return {"choices": [{"message": {"content": f" A {name} square.\n"}}], "usage": {"total_tokens": 10}}
+    return min(COLOURS, key=lambda c: sum(abs(a - b) for a, b in zip(COLOURS[c], pixel, strict=True)))
+
+
+def _answer(body: dict[str, Any]) -> dict[str, Any]:
+    return {"choices": [{"message": {"content": f" A {_colour(body)} square.\n"}}], "usage": {"total_tokens": 10}}
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +12,15 @@ import pytest
 from PIL import Image
 
 from pipelines import captioners
-from pipelines.captioners import AltText, CaptionConfig, CaptionError, EndpointCaptioner, ModelCaptioner, load_captioner
+from pipelines.captioners import (
+    AltText,
+    CaptionConfig,
+    CaptionError,
+    EndpointCaptioner,
+    ModelCaptioner,
+    RefusedError,
+    load_captioner,
+)
 from tests.pipelines.fake_captioners import COLOURS, Endpoint, save_tiny_blip, serve_endpoint
 
 
@@ -27,6 +36,14 @@ def squares() -> list[Image.Image]:
 
 def ask(endpoint: Endpoint, budget: int | None = None, rate: float = 0.0) -> EndpointCaptioner:
     return EndpointCaptioner(endpoint.url, "vision-1", "Describe. Alt: {alt}", 4, rate, 50, budget)
+
+
+def failure(captioner: EndpointCaptioner) -> str:
+    """The lasting failure that ends captioning."""
+    (answer,) = captioner.caption(squares()[:1], ["x"])
+    assert isinstance(answer, CaptionError)
+    assert not isinstance(answer, RefusedError)
+    return str(answer)
 
 
 def test_alt_texts_lose_their_line_breaks() -> None:
@@ -51,9 +68,9 @@ def test_an_endpoint_is_sent_small_pictures(endpoint: Endpoint) -> None:
 
 
 def test_a_busy_endpoint_is_asked_again(endpoint: Endpoint) -> None:
-    endpoint.failures = [429, 503]
+    endpoint.failures = [429, 503, 0]
     assert ask(endpoint).caption(squares()[:1], ["x"]) == ["A red square."]
-    assert len(endpoint.requests) == 3
+    assert len(endpoint.requests) == 4
 
 
 @pytest.mark.parametrize(("failures", "requests"), [([401] * 9, 1), ([500] * 9, 3)])
@@ -62,22 +79,41 @@ def test_a_failing_endpoint_is_one_sentence(
 ) -> None:
     monkeypatch.setattr(captioners, "ATTEMPTS", 3)
     endpoint.failures = failures
-    with pytest.raises(CaptionError, match=f"HTTP {failures[0]}.*check captioner"):
-        ask(endpoint).caption(squares()[:1], ["x"])
+    captioner = ask(endpoint)
+    assert re.search(f"HTTP {failures[0]}.*busy.*check captioner", failure(captioner))
+    assert re.search(f"HTTP {failures[0]}", failure(captioner))  # asked no more
     assert len(endpoint.requests) == requests
+
+
+@pytest.mark.parametrize("colours", [["green"], ["green", "blue"]])
+def test_a_picture_that_is_refused_costs_no_other(endpoint: Endpoint, colours: list[str]) -> None:
+    """Also when it comes first, and alone: a picture of ours shows whether the endpoint takes any."""
+    endpoint.refused = dict.fromkeys(colours, 422)
+    captioner = ask(endpoint)
+    for images in (squares()[1:2], squares()):
+        answers = captioner.caption(images, ["x"] * len(images))
+        found = [answer.reason if isinstance(answer, RefusedError) else answer for answer in answers]
+        wanted = ["http_422" if name in colours else f"A {name} square." for name in COLOURS]
+        assert found == (wanted if len(images) > 1 else wanted[1:2])
+
+
+def test_an_endpoint_that_refuses_every_picture_is_not_set_up(endpoint: Endpoint) -> None:
+    endpoint.refused = dict.fromkeys(COLOURS, 400)
+    answers = ask(endpoint).caption(squares()[:2], ["x", "y"])
+    assert not any(isinstance(answer, RefusedError) for answer in answers)
+    assert all(re.search("HTTP 400: .*busy.*captioner_model", str(answer)) for answer in answers)
+    assert len(endpoint.requests) == 3
 
 
 def test_an_answer_of_another_shape_is_one_sentence(endpoint: Endpoint) -> None:
     endpoint.answer = {"choices": []}
-    with pytest.raises(CaptionError, match="without choices"):
-        ask(endpoint).caption(squares()[:1], ["x"])
+    assert "without choices" in failure(ask(endpoint))
 
 
 def test_the_budget_ends_captioning(endpoint: Endpoint) -> None:
     captioner = ask(endpoint, budget=20)
     captioner.caption(squares()[:2], ["x", "y"])
-    with pytest.raises(CaptionError, match="20 tokens, caption_budget is 20"):
-        captioner.caption(squares()[:1], ["x"])
+    assert "20 tokens, caption_budget is 20" in failure(captioner)
 
 
 def test_the_version_follows_the_prompt() -> None:

@@ -37,20 +37,40 @@ def squares(store: ObjectStore, count: int) -> list[Picture]:
     return pictures
 
 
-def test_an_endpoint_is_asked_chunk_by_chunk_and_never_twice(store: ObjectStore) -> None:
+@pytest.mark.parametrize("failures", [[], [200] * 5 + [401]])
+def test_an_endpoint_is_asked_chunk_by_chunk_and_never_twice(store: ObjectStore, failures: list[int]) -> None:
+    """Also after its budget or the endpoint's patience has ended in the middle of a chunk."""
     pictures = squares(store, 10)
     with serve_endpoint() as endpoint:
+        endpoint.failures = list(failures)
         config = CaptionConfig(captioner=endpoint.url, captioner_model="m", caption_concurrency=1)
         broken = config.model_copy(update={"caption_budget": 60})  # of 100 tokens
-        with pytest.raises(CaptionError, match="caption_budget is 60"), captioning(store, broken) as captioner:
+        expected = pytest.raises(CaptionError, match="HTTP 401" if failures else "caption_budget is 60")
+        with expected, captioning(store, broken) as captioner:
             captioner.captions("work/", pictures, ["x"] * 10)
+        paid = captioner.pool.worker.captioner.tokens // 10
+        assert paid == (5 if failures else 6)
         asked = len(endpoint.requests)
-        assert len(list(store.list("work/"))) == 1
         with captioning(store, config) as captioner:
             found = captioner.captions("work/", pictures, ["x"] * 10)
             assert captioner.captions("work/", pictures, ["x"] * 10) == found
-        assert found == [f"A {NAMES[row % 3]} square." for row in range(10)]
-        assert len(endpoint.requests) == asked + 6
+        assert found == ([f"A {NAMES[row % 3]} square." for row in range(10)], {})
+        assert len(endpoint.requests) == asked + 10 - paid
+
+
+def test_pictures_that_are_refused_have_empty_captions_and_are_counted(store: ObjectStore) -> None:
+    pictures = squares(store, 10)
+    with serve_endpoint() as endpoint:
+        endpoint.refused = {"green": 400, "blue": 413}
+        config = CaptionConfig(captioner=endpoint.url, captioner_model="m", caption_concurrency=1)
+        broken = config.model_copy(update={"caption_budget": 20})  # of 40 tokens
+        with pytest.raises(CaptionError, match="caption_budget is 20"), captioning(store, broken) as captioner:
+            captioner.captions("work/", pictures, ["x"] * 10)
+        with captioning(store, config) as captioner:
+            found, refused = captioner.captions("work/", pictures, ["x"] * 10)
+        assert found == ["" if row % 3 else "A red square." for row in range(10)]
+        assert refused == {"refused:http_400": 3, "refused:http_413": 3}
+        assert len(endpoint.requests) == 10
 
 
 def test_pictures_that_are_gone_or_broken_have_empty_captions(store: ObjectStore) -> None:
@@ -61,7 +81,8 @@ def test_pictures_that_are_gone_or_broken_have_empty_captions(store: ObjectStore
     with serve_endpoint() as endpoint:
         config = CaptionConfig(captioner=endpoint.url, captioner_model="m")
         with captioning(store, config) as captioner:
-            assert captioner.captions("work/", pictures, [""] * 4) == ["A red square.", "", "A blue square.", ""]
+            found = ["A red square.", "", "A blue square.", ""], {}
+            assert captioner.captions("work/", pictures, [""] * 4) == found
 
 
 @pytest.mark.slow
@@ -84,7 +105,7 @@ def test_a_model_captions_on_ray_and_survives_the_death_of_an_actor(store: Objec
                 yield answer
 
         captioner.pool.map = map_and_kill  # type: ignore[method-assign]
-        found = captioner.captions("work/", pictures, [""] * 30)
+        found, _ = captioner.captions("work/", pictures, [""] * 30)
     assert killed
     here = load_captioner(config)
     assert (captioner.name, captioner.version) == (here.name, here.version)

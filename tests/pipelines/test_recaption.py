@@ -162,15 +162,19 @@ def test_the_same_again_asks_nothing_and_gives_the_same(
         ask(store, endpoint, snapshot="1", weight=9.0)
 
 
-def test_a_kill_costs_the_chunks_in_hand(store: ObjectStore, vae_folder: str, endpoint: Endpoint) -> None:
+def test_a_budget_that_ends_and_refused_pictures_cost_nothing(
+    store: ObjectStore, vae_folder: str, endpoint: Endpoint
+) -> None:
     parts = [add_part(store, vae_folder), add_part(store, vae_folder, 100)]
     publish(store, parent=None, parts=parts, image_size=16)
     with pytest.raises(CaptionError, match="caption_budget"):
         ask(store, endpoint, caption_budget=200)  # 20 of 42 pictures
     asked = len(endpoint.requests)
+    assert asked >= 20
+    endpoint.refused = {"red": 422}
     result = ask(store, endpoint)
-    assert result.captioned + 16 <= 2 * (COUNT - 1)
-    assert len(endpoint.requests) - asked == result.captioned
+    assert len(endpoint.requests) - asked == result.captioned == 2 * (COUNT - 1) - asked
+    assert 0 < result.quality["refused:http_422"] == result.quality["empty"] < result.captioned
     assert not [info.key for info in store.list("parts/") if "/chunks-" in info.key]
 
 
