@@ -7,12 +7,11 @@ from typing import Any
 from pydantic import Field
 
 from pipelines.garbage import collect
-from starflow import manifest
 from starflow.checkpoints import list_runs
 from starflow.compaction import compact
 from starflow.config import Config
 from starflow.objectstore import ObjectStore
-from training.record import RUN_KIND, RUN_VERSION, run_key
+from training.record import recorded
 from training.retention import prune
 
 
@@ -74,7 +73,7 @@ def clean_runs(store: ObjectStore, config: CleanupConfig) -> dict[str, list[int]
     """Deletes checkpoints; the steps deleted of each run that loses some."""
     gone = {}
     for run in list_runs(store):
-        own = manifest.load(store, run_key(run), RUN_KIND, RUN_VERSION)["config"]
+        own = recorded(store, run)
         newest = config.keep_checkpoints or own["keep_newest"]
         if steps := prune(store, run, newest, own["keep_every"], config.dry_run):
             gone[run] = steps

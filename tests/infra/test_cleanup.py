@@ -9,13 +9,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from infra import cleanup
 from infra.cleanup import CleanupConfig, clean_runs, clean_snapshots
 from starflow import manifest
+from starflow.checkpoints import list_steps
 from starflow.objectstore import ObjectStore, open_store
 from starflow.parts import part_from_arrays
 from starflow.snapshots import Part, load_snapshot, publish, snapshot_numbers
-from tests.training.small_snapshot import VAE, publish_samples
+from tests.training.small_snapshot import VAE, publish_samples, save_checkpoint
+from training.config import TrainConfig
 from training.record import RUN_KIND, RUN_VERSION, run_key
 
 
@@ -26,29 +27,22 @@ def pictures(store: ObjectStore, start: int, stop: int) -> Part:
     return part_from_arrays(store, VAE, latents, latents, table, [])
 
 
+def settings(store: ObjectStore, run: str, **values: Any) -> TrainConfig:
+    return TrainConfig.model_validate({"store": store.url, "run": run, "preset": "tiny", "snapshot": "s"} | values)
+
+
 @pytest.fixture
 def store(tmp_path: Path) -> ObjectStore:
-    """Two snapshots and two runs."""
+    """Two snapshots and two runs: both have checkpoints 1 to 4, the first the best; a keeps 2, b 5 of them."""
     store = open_store(str(tmp_path / "store"))
     first = publish_samples(store, count=8)
     publish(store, parent=first, parts=[*first.parts, pictures(store, 0, 2)], image_size=16)
     for run, newest in (("a", 2), ("b", 5)):
-        config = {"config": {"keep_newest": newest, "keep_every": None}}
-        manifest.commit(store, run_key(run), RUN_KIND, RUN_VERSION, config)
+        config = settings(store, run, keep_newest=newest)
+        manifest.commit(store, run_key(run), RUN_KIND, RUN_VERSION, {"config": config.model_dump(mode="json")})
+        for step in range(1, 5):
+            save_checkpoint(store, config, step, held_out_bits=float(step))
     return store
-
-
-@pytest.fixture
-def pruned(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What `prune` is asked for; run a loses step 3."""
-    asked: list[Any] = []
-
-    def prune(store: ObjectStore, run: str, newest: int, every: int | None, dry_run: bool) -> list[int]:
-        asked.append((run, newest, every, dry_run))
-        return [3] if run == "a" else []
-
-    monkeypatch.setattr(cleanup, "prune", prune)
-    return asked
 
 
 def test_old_snapshots_go_but_not_in_a_dry_run(store: ObjectStore) -> None:
@@ -74,11 +68,18 @@ def test_small_parts_are_merged_before_their_snapshots_go(store: ObjectStore) ->
     assert (len(load_snapshot(store).parts), load_snapshot(store).counts.total) == (2, 13)
 
 
-def test_each_run_keeps_what_its_own_settings_say(store: ObjectStore, pruned: list[Any]) -> None:
-    assert clean_runs(store, CleanupConfig(store=store.url)) == {"a": [3]}
-    assert pruned == [("a", 2, None, False), ("b", 5, None, False)]
+def test_each_run_keeps_what_its_own_settings_say(store: ObjectStore) -> None:
+    assert clean_runs(store, CleanupConfig(store=store.url)) == {"a": [2]}
+    assert (list_steps(store, "a"), list_steps(store, "b")) == ([1, 3, 4], [1, 2, 3, 4])
 
 
-def test_the_form_may_say_otherwise(store: ObjectStore, pruned: list[Any]) -> None:
-    clean_runs(store, CleanupConfig(store=store.url, keep_checkpoints=1, dry_run=True))
-    assert pruned == [("a", 1, None, True), ("b", 1, None, True)]
+def test_settings_that_were_changed_on_a_resume_count(store: ObjectStore) -> None:
+    save_checkpoint(store, settings(store, "a", keep_newest=4, keep_every=5), 5)
+    save_checkpoint(store, settings(store, "b", keep_newest=1), 5)
+    assert clean_runs(store, CleanupConfig(store=store.url)) == {"b": [2, 3, 4]}
+
+
+def test_the_form_may_say_otherwise(store: ObjectStore) -> None:
+    asked = CleanupConfig(store=store.url, keep_checkpoints=1, dry_run=True)
+    assert clean_runs(store, asked) == {"a": [2, 3], "b": [2, 3]}
+    assert list_steps(store, "a") == [1, 2, 3, 4]
