@@ -23,7 +23,7 @@ from pipelines.crawl import OUTCOME
 from pipelines.guard import FetchPolicy
 from pipelines.inspection import InspectionError, inspect_image
 from pipelines.sources import ROWS, Columns
-from starflow.errors import ConfigError, NotFoundError, StoreError
+from starflow.errors import ConfigError, NotFoundError
 from starflow.objectstore import LocalStore, ObjectStore, open_store
 
 PICTURES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"))
@@ -49,7 +49,7 @@ def read_samples(location: str, kind: str, columns: Columns) -> Iterator[pa.Tabl
             {
                 "url": url,
                 "caption": caption,
-                "licence": record.get(columns.licence),
+                "licence": _text(record.get(columns.licence)),
                 "extra": json.dumps({name: record.get(name) for name in columns.extra}) if columns.extra else None,
             }
             for url, caption, record in chunk
@@ -140,7 +140,13 @@ def _texts(texts: dict[str, bytes], columns: Columns, stem: str) -> tuple[str, d
             raise ConfigError(f"{stem}.json cannot be read as JSON: {error}") from error
         record = found if isinstance(found, dict) else {}
     caption = record.get(columns.caption or "") or texts.get(".txt", b"").decode("utf-8", "replace")
-    return str(caption).strip(), record
+    return (_text(caption) or "").strip(), record
+
+
+def _text(value: Any) -> str | None:
+    """What a JSON file says, as text that can be stored: half of a surrogate pair cannot."""
+    text = value if isinstance(value, str | None) else json.dumps(value)
+    return text and text.encode("utf-8", "replace").decode()
 
 
 def import_batch(
@@ -150,12 +156,13 @@ def import_batch(
     (folder / "output").mkdir(parents=True)
     records: list[dict[str, Any]] = []
     with ThreadPoolExecutor(_READERS) as pool, (folder / "output" / "00000.bin").open("wb") as file:
-        for row, data in enumerate(_read_ahead(pool, urls["url"].to_pylist())):
+        for row, (data, reason) in enumerate(_read_ahead(pool, urls["url"].to_pylist(), policy.max_bytes)):
             # `http` as a web server would have said it.
-            record: dict[str, Any] = {"row": row, "status": "ok", "reason": "", "http": 404 if data is None else 200}
+            http = 404 if reason == "missing" else 200
+            record: dict[str, Any] = {"row": row, "status": "ok", "reason": "", "http": http}
             try:
-                if data is None or len(data) > policy.max_bytes:
-                    raise InspectionError("missing" if data is None else "too_large")
+                if reason:
+                    raise InspectionError(reason)
                 seen = inspect_image(data, policy.max_pixels, policy.max_frames)
             except InspectionError as error:
                 record |= {"status": "failed", "reason": str(error)}
@@ -168,14 +175,14 @@ def import_batch(
     return pa.Table.from_pylist(records, OUTCOME)
 
 
-def _read_ahead(pool: ThreadPoolExecutor, urls: list[str]) -> Iterator[bytes | None]:
+def _read_ahead(pool: ThreadPoolExecutor, urls: list[str], max_bytes: int) -> Iterator[tuple[bytes, str]]:
     """What `_read` gives, in order; a few pictures at a time are in memory."""
     for first in range(0, len(urls), 2 * _READERS):
-        yield from pool.map(_read, urls[first : first + 2 * _READERS])
+        yield from pool.map(lambda url: _read(url, max_bytes), urls[first : first + 2 * _READERS])
 
 
-def _read(url: str) -> bytes | None:
-    """The picture's bytes; None when it is gone."""
+def _read(url: str, max_bytes: int) -> tuple[bytes, str]:
+    """(the picture's bytes, ""), or (nothing, why not): missing, too_large."""
     parts = urlsplit(url)
     place = {name: int(values[0]) for name, values in parse_qs(parts.query).items()}
     path = unquote(parts.path)
@@ -183,19 +190,27 @@ def _read(url: str) -> bytes | None:
     if parts.scheme == "s3":
         store, key = open_store(f"s3://{parts.netloc}"), path.lstrip("/")  # type: ignore[assignment]
     try:
-        return store.read(key, place.get("offset"), place.get("size"))
+        size = place["size"] if place else _size(store, key)
+        if size > max_bytes:
+            return b"", "too_large"
+        return store.read(key, place.get("offset"), place.get("size")), ""
     except NotFoundError:
-        return None
+        return b"", "missing"
+
+
+def _size(store: ObjectStore, key: str) -> int:
+    """The object's size. Raises NotFoundError."""
+    info = store.head(key)
+    if info is None:
+        raise NotFoundError(f"{store.url}/{key} was deleted while it was listed; run the same command again")
+    return info.size
 
 
 class _ObjectFile(io.RawIOBase):
     """An object as a seekable file, so that a tar on S3 is listed by its headers without being downloaded."""
 
     def __init__(self, store: ObjectStore, key: str) -> None:
-        info = store.head(key)
-        if info is None:
-            raise StoreError(f"{store.url}/{key} was deleted while it was listed; run the same command again")
-        self._store, self._key, self._size, self._position = store, key, info.size, 0
+        self._store, self._key, self._size, self._position = store, key, _size(store, key), 0
 
     def readable(self) -> bool:
         return True

@@ -18,13 +18,16 @@ from starflow.errors import StarflowError
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
 MAX_PIXELS = 2**26
 
-#: What Pillow's decoders raise on bytes that are not, or not wholly, the picture they claim to be.
+#: What Pillow's decoders raise on bytes that are not, or not wholly, the picture they claim to be; AVIF's raises
+#: RuntimeError, and ZeroDivisionError for an animation whose clock stands still.
 DECODE_ERRORS = (
     OSError,
     SyntaxError,
     ValueError,
     EOFError,
     IndexError,
+    RuntimeError,
+    ZeroDivisionError,
     struct.error,
     zlib.error,
     Image.DecompressionBombError,

@@ -13,13 +13,14 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from pipelines.datasets import read_samples
+from pipelines.datasets import import_batch, read_samples
 from pipelines.refresh import RefreshResult, refresh
 from pipelines.sources import Columns
 from starflow.errors import ConfigError, NotFoundError
-from starflow.objectstore import ObjectStore, open_store
+from starflow.objectstore import LocalStore, ObjectStore, open_store
 from tests.faulty_s3 import FaultyS3
 from tests.pipelines.fake_crawl import Bench, png
+from tests.pipelines.hostile_web import picture
 
 
 @pytest.fixture
@@ -127,6 +128,43 @@ def test_a_picture_in_a_tar_is_named_by_its_place(tmp_path: Path) -> None:
     write_tar(tmp_path / "x.tar", range(1))
     (rows,) = read_samples(str(tmp_path / "x.tar"), "webdataset", Columns())
     assert rows["url"].to_pylist() == [f"file://{tmp_path}/x.tar?offset=512&size={len(png(0))}#000000.png"]
+
+
+def test_pictures_that_are_too_large_or_none_are_counted_and_not_read(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    read_object = LocalStore.read
+    monkeypatch.setattr(LocalStore, "read", lambda self, *args: (read.append(args[0]), read_object(self, *args))[1])
+    folder = bench.folder / "pictures"
+    folder.mkdir()
+    (folder / "good.png").write_bytes(png(1))
+    (folder / "good.txt").write_text("good")
+    (folder / "large.png").write_bytes(bytes(20_000))
+    (folder / "empty.png").write_bytes(b"")
+    avif = picture("AVIF")
+    pixels_at = avif.index(b"mdat") + 4
+    (folder / "broken.avif").write_bytes(avif[:pixels_at] + bytes(len(avif) - pixels_at))
+    result = bench.refresh(folder, source="images", max_bytes=10_000)
+    assert (result.added, result.dropped) == (1, {"corrupt": 1, "empty": 1, "too_large": 1})
+    assert not [key for key in read if key.endswith("large.png")]
+    member = pa.table({"url": ["file:///nowhere.tar?offset=512&size=20000"]})
+    table = import_batch(member, bench.config(folder, max_bytes=10_000).policy(), bench.folder / "batch")
+    assert table["reason"].to_pylist() == ["too_large"]
+
+
+def test_whatever_json_says_becomes_text(tmp_path: Path) -> None:
+    records = [
+        {"caption": 7, "licence": 4.0},
+        {"caption": "cut \ud83d", "licence": {"name": "CC0"}},
+        {"caption": ["x"]},
+    ]
+    for number, record in enumerate(records):
+        (tmp_path / f"{number}.png").write_bytes(png(number))
+        (tmp_path / f"{number}.json").write_text(json.dumps(record))
+    (rows,) = read_samples(str(tmp_path), "images", Columns())
+    assert rows["caption"].to_pylist() == ["7", "cut ?", '["x"]']
+    assert rows["licence"].to_pylist() == ["4.0", '{"name": "CC0"}', None]
 
 
 def test_nothing_there_and_broken_files(tmp_path: Path) -> None:

@@ -67,6 +67,17 @@ def test_cut_files_are_found(kind: str) -> None:
         look(data[: len(data) * 2 // 3])
 
 
+def test_what_the_avif_decoder_raises_is_a_corrupt_picture() -> None:
+    still, moving = picture("AVIF"), picture("AVIF", save_all=True, append_images=[Image.fromarray(pixels(1))])
+    pixels_at, timescale_at = still.index(b"mdat") + 4, moving.index(b"mdhd") + 24
+    for data in (
+        still[:pixels_at] + bytes(len(still) - pixels_at),
+        moving[:timescale_at] + bytes(4) + moving[timescale_at + 4 :],
+    ):
+        with pytest.raises(InspectionError, match="corrupt"):
+            look(data)
+
+
 def test_frames_and_pixels_are_bounded() -> None:
     frames = [Image.fromarray(pixels(seed, 12, 16)) for seed in range(12)]
     for kind in ("GIF", "PNG", "WEBP", "TIFF"):
