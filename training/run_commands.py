@@ -124,12 +124,13 @@ def describe_run(store: str, run: str, brief: bool = False) -> dict[str, Any]:
 def _state(store: Any, run: str, total: int, steps: list[int], events: list[dict[str, Any]]) -> str:
     from training.lease import Lease
 
-    last = events[-1]["kind"] if events else ""
-    if last in ("completed", "preempted", "failed"):
-        return str(last)
+    last = events[-1] if events else {"kind": "", "step": None}
+    if last["kind"] in ("completed", "preempted", "failed"):
+        return str(last["kind"])
     if Lease(store, run, "").is_held():
         return "running"
-    return "completed" if steps and steps[-1] >= total else "interrupted"
+    # An attempt that went on from the newest step had more to do, whatever the configuration of that step says.
+    return "completed" if steps and steps[-1] >= total and steps[-1] != last["step"] else "interrupted"
 
 
 def _local_metrics(store: Any, run: str, newest: Any) -> str | None:

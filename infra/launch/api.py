@@ -161,7 +161,8 @@ def status(launch: Launch) -> dict[str, Any]:
     run = describe_run(launch.store, launch.run)
     events = [event for event in run["events"] if event["time"] >= launch.submitted]
     alive = _alive(launch, nodes)
-    state = _state(alive, run["state"], bool(events))
+    steps = _config(launch)["steps"]  # a continuation may have more than the run had before
+    state = _state(alive, run["state"], bool(events), (run["step"] or 0) >= steps)
     said_end = bool(events) and state in ("completed", "preempted", "failed")
     alone = launch.launch.on == "local" or launch.launch.nodes == 1  # what the one machine said of its end counts
     unsure = [] if said_end and alone else [node for node in nodes if node.state == "unknown"]
@@ -177,7 +178,7 @@ def status(launch: Launch) -> dict[str, Any]:
         "unreachable": [node.node for node in unsure],
         "state": state,
         "step": run["step"],
-        "steps": _config(launch)["steps"],  # a continuation may have more than the run was started with
+        "steps": steps,
         "message": events[-1]["message"] if events else "",
     }
 
@@ -258,10 +259,13 @@ def _why_at_work(launch: Launch) -> str:
     return f"may be at work on machine {silent[0].node}, which cannot be asked ({silent[0].detail})"
 
 
-def _state(alive: bool, run: str, begun: bool) -> str:
-    """The launch's state from the run's, which may be an earlier launch's until this one has `begun`."""
+def _state(alive: bool, run: str, begun: bool, done: bool) -> str:
+    """The launch's state from the run's, which may be an earlier launch's until this one has `begun`.
+
+    done: whether the launch's own last step is committed.
+    """
     if alive:
         return "running" if begun and run == "running" else "pending"
     if begun and run != "running":
         return run
-    return "completed" if run == "completed" else "interrupted"
+    return "completed" if run == "completed" and done else "interrupted"

@@ -36,9 +36,11 @@ from infra.processes import descendants, wait_until
 from starflow.errors import ConfigError, NotFoundError, StarflowError
 from starflow.objectstore import ObjectStore, open_store
 from tests.training.run_helpers import lines
+from tests.training.small_snapshot import save_checkpoint
 from training.config import TrainConfig
 from training.events import Events
 from training.lease import Lease
+from training.record import resolve
 
 Make = Callable[..., TrainConfig]
 CPU = LaunchConfig(ranks_per_node=2)
@@ -181,6 +183,25 @@ def test_a_target_that_does_not_answer_ends_nothing(
     assert answer["nodes"][0]["detail"] == "ssh is not installed here"
     answer = stop(launch, 0)  # it had not begun: what starts now finds the request, and leaves
     assert (answer["alive"], answer["unreachable"]) == (False, [0, 1])
+
+
+def test_a_continuation_is_complete_at_its_own_last_step(
+    make_config: Make, store: ObjectStore, hosts: dict[int, str]
+) -> None:
+    hosts |= {0: "ended", 1: "ended"}
+    first = submit(make_config(steps=6), TWO_HOSTS)
+    events = Events(store, "test")
+    save_checkpoint(store, resolve(store, make_config(steps=6)), 6)
+    events.add("completed", "done", 1, 6)
+    assert status(first)["state"] == "completed"
+    second = submit(make_config(steps=9), TWO_HOSTS)
+    assert status(second)["state"] == "interrupted"  # gone before it had begun
+    Events(store, "test").add("resumed", "going on", 2, 6)
+    assert status(second)["state"] == "interrupted"
+    save_checkpoint(store, resolve(store, make_config(steps=9)), 8)
+    assert status(second)["state"] == "interrupted"
+    save_checkpoint(store, resolve(store, make_config(steps=9)), 9)
+    assert status(second)["state"] == "completed"  # though its supervisor could not say so any more
 
 
 def test_of_two_launches_at_once_one_is_refused(make_config: Make, store: ObjectStore, hosts: dict[int, str]) -> None:
