@@ -61,8 +61,9 @@ def encode(
             if plan is None:
                 plan = make_plan(store, own, tables, config, models, Takedowns.load(store, removed))
                 done = _finished(store, work, plan)
-            _run(actors, plan, done, on_progress)
-            done = _finished(store, work, plan)
+            while len(done) < _shards(plan):  # once more for what garbage collection has taken meanwhile
+                _run(actors, plan, done, on_progress)
+                done = _finished(store, work, plan)
     dropped = Counter(plan.dropped)
     parts = []
     for planned in plan.parts:

@@ -10,7 +10,6 @@ import types
 from contextlib import contextmanager
 
 import numpy as np
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -31,6 +30,7 @@ from starflow.reader import SnapshotReader
 from starflow.snapshots import publish
 from starflow.takedowns import Takedowns
 from tests.pipelines.fake_crawl import Bench, fake_encode, png, url
+from tests.pipelines.ray_actors import actor_processes
 
 BROKEN = (5, 17)
 
@@ -133,8 +133,7 @@ def test_a_killed_actor_costs_nothing_but_time(cluster, store, vae_folder, tmp_p
     killed = []
 
     def kill_one(finished, total):
-        actors = [p for p in psutil.Process().children(recursive=True) if "ShardEncoder" in p.name()]
-        running = [p for p in actors if p.status() != psutil.STATUS_ZOMBIE]
+        running = actor_processes("ShardEncoder")
         if len(killed) < kills and running:
             running[0].kill()
             killed.append(finished)
@@ -142,6 +141,20 @@ def test_a_killed_actor_costs_nothing_but_time(cluster, store, vae_folder, tmp_p
     result = encode(store, [table], config(vae_folder), "crawl/work", kill_one)
     assert len(killed) == kills
     assert sorted(check_latents(store, result, contents, vae_folder, tmp_path)) == sorted(contents)
+
+
+def test_what_garbage_collection_takes_meanwhile_is_made_again(cluster, store, vae_folder, tmp_path):
+    table, contents = crawl(store, 20)
+    taken = []
+
+    def on_progress(done, total):
+        if done == total and not taken:
+            taken.extend(info.key for info in store.list("parts/") if "/mean/c/" in info.key)
+            store.delete(taken[:1])
+
+    result = encode(store, [table], config(vae_folder), "crawl/work", on_progress)
+    assert taken
+    assert len(check_latents(store, result, contents, vae_folder, tmp_path)) == 18
 
 
 def test_errors_in_actors_come_through_in_one_sentence(cluster, store, tmp_path):
