@@ -1,8 +1,9 @@
 """A bounded folder of files that can be had again: downloaded shards, captions made ready for mapping.
 
 All processes of a node share it. Each file is made once, under a lock that the kernel drops with its holder,
-and appears by rename, so that a crash leaves nothing that a reader could take for complete. The least
-recently opened files go first; whoever still maps one keeps its bytes until the map is closed.
+and appears by rename once the disk has it, so that neither a crash nor a loss of power leaves anything that a
+reader could take for complete; one that proves corrupt all the same is made anew. The least recently
+opened files go first; whoever still maps one keeps its bytes until the map is closed.
 """
 
 from __future__ import annotations
@@ -13,16 +14,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
-from starflow import manifest
-from starflow.errors import StoreError
-from starflow.manifest import ObjectRef
-from starflow.objectstore import ObjectStore
+from starflow.errors import CorruptError, StoreError
 
 #: Files that a crash left unfinished are swept once they are this old, in seconds.
 UNFINISHED_SECONDS = 3600.0
 _ATTEMPTS = 5
+
+T = TypeVar("T")
 
 
 class FileCache:
@@ -31,12 +31,18 @@ class FileCache:
     def __init__(self, directory: Path, limit: int = 64 * 2**30) -> None:
         self.directory, self.limit = directory.expanduser().absolute(), limit
 
-    def open_object(self, store: ObjectStore, ref: ObjectRef) -> BinaryIO:
-        """The object, downloaded and checked if need be, open for reading.
+    def read(self, name: str, make: Callable[[Path], None], read: Callable[[BinaryIO], T]) -> T:
+        """What `read` makes of the file `name`; one that it finds corrupt (CorruptError) is made anew, once.
 
-        Raises NotFoundError, CorruptError, or StoreError when the disk is full.
+        Raises what `make` and `read` raise, and StoreError when the disk is full.
         """
-        return self.open(ref.sha256, lambda path: manifest.download(store, ref, path))
+        try:
+            with self.open(name, make) as file:
+                return read(file)
+        except CorruptError:
+            (self.directory / name).unlink(missing_ok=True)
+            with self.open(name, make) as file:
+                return read(file)
 
     def open(self, name: str, make: Callable[[Path], None]) -> BinaryIO:
         """The file `name`, open for reading; `make` writes it to the path it is given when it is missing."""
@@ -60,6 +66,8 @@ class FileCache:
                 if not path.exists():  # else another process has made it while we waited
                     unfinished = path.with_name(f"{path.name}~")
                     make(unfinished)
+                    with unfinished.open("rb") as file:
+                        os.fsync(file.fileno())
                     unfinished.replace(path)
         except OSError as error:
             raise StoreError(

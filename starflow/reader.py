@@ -246,17 +246,19 @@ class _PartReader:
         spec, index = self._array(array)
         ref = index.object(array, shard, len(spec.shape))
         rows = min(self.part.shard, self.part.rows - shard * self.part.shard)
-        with self._open(ref) as file:
-            return MappedShard(map_file(file), spec, rows, self.part.chunk, self.part.shard, ref.key)
 
-    def _open(self, ref: ObjectRef) -> BinaryIO:
+        def read(file: BinaryIO) -> MappedShard:
+            name = f"{ref.key} in {file.name}"
+            return MappedShard(map_file(file), spec, rows, self.part.chunk, self.part.shard, name)
+
         store = self.reader.store
-        if isinstance(store, LocalStore):
-            try:
-                return store.path(ref.key).open("rb")
-            except FileNotFoundError as error:
-                raise CorruptError(f"{store.url}/{ref.key} is missing; restore it or use another snapshot") from error
-        return self.reader.cache.open_object(store, ref)
+        if not isinstance(store, LocalStore):
+            return self.reader.cache.read(ref.sha256, lambda path: manifest.download(store, ref, path), read)
+        try:
+            with store.path(ref.key).open("rb") as file:
+                return read(file)
+        except FileNotFoundError as error:
+            raise CorruptError(f"{store.url}/{ref.key} is missing; restore it or use another snapshot") from error
 
     def _array(self, array: str) -> tuple[ArraySpec, ShardIndex]:
         if array in self.part.arrays:
@@ -301,10 +303,9 @@ class _PartReader:
     def _table(self, ref: ObjectRef, kind: str) -> pa.Table:
         """A Parquet object as a mapped Arrow table of one chunk, kept in the cache folder in that form."""
         if ref.sha256 not in self._tables:
-            cache = self.reader.cache
-            with cache.open(f"{kind}-{ref.sha256}", lambda path: _to_arrow(self.reader.store, ref, path)) as file:
-                mapped = map_file(file)
-            self._tables[ref.sha256] = pa.ipc.open_file(pa.py_buffer(mapped)).read_all()
+            store, name = self.reader.store, f"{kind}-{ref.sha256}"
+            table = self.reader.cache.read(name, lambda path: _to_arrow(store, ref, path), _map_arrow)
+            self._tables[ref.sha256] = table
         return self._tables[ref.sha256]
 
 
@@ -315,6 +316,14 @@ def _to_arrow(store: ObjectStore, ref: ObjectRef, path: Path) -> None:
     table = table.cast(pa.schema(fields)).combine_chunks()
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
         writer.write_table(table)
+
+
+def _map_arrow(file: BinaryIO) -> pa.Table:
+    mapped = map_file(file)
+    try:
+        return pa.ipc.open_file(pa.py_buffer(mapped)).read_all()
+    except (pa.ArrowInvalid, OSError) as error:  # OSError: a footer that is none
+        raise CorruptError(f"{file.name} is corrupt: {error}; delete it") from error
 
 
 def _by_grid(parts: Sequence[_PartReader]) -> dict[Grid, list[_PartReader]]:

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from starflow.cache import UNFINISHED_SECONDS, FileCache
-from starflow.errors import StoreError
+from starflow.errors import CorruptError, StoreError
 
 
 def test_a_file_is_made_once_by_many_threads(tmp_path):
@@ -66,6 +66,33 @@ def test_a_crash_leaves_nothing_readable_and_is_swept(tmp_path):
     with cache.open("name", lambda path: path.write_bytes(b"whole")) as file:
         assert file.read() == b"whole"
     assert not [path for path in tmp_path.iterdir() if "~" in path.name]
+
+
+def test_a_file_is_on_the_disk_before_it_appears(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.readlink(f"/proc/self/fd/{file}")))
+    FileCache(tmp_path).open("name", lambda path: path.write_bytes(b"whole")).close()
+    assert synced == [str(tmp_path / "name~")]
+
+
+def test_a_corrupt_file_is_made_anew_once(tmp_path):
+    cache, made = FileCache(tmp_path), []
+
+    def make(path):
+        made.append(path)
+        path.write_bytes(b"whole")
+
+    def read(file):
+        if (data := file.read()) != b"whole":
+            raise CorruptError(f"{file.name} holds {data}")
+        return data
+
+    (tmp_path / "name").write_bytes(bytes(5))  # as a loss of power may leave it
+    assert cache.read("name", make, read) == b"whole"
+    assert cache.read("name", make, read) == b"whole"
+    assert len(made) == 1
+    with pytest.raises(CorruptError, match="other holds b'bad'"):
+        cache.read("other", lambda path: path.write_bytes(b"bad"), read)
 
 
 def test_another_process_killed_while_making_a_file_is_no_obstacle(tmp_path):

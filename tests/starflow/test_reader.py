@@ -155,6 +155,21 @@ def test_missing_and_damaged_shards_are_named(store, tmp_path):
         reader.gather((2, 3), np.array([60]))
 
 
+@pytest.mark.parametrize("left", ["zeros", "half", "nothing"])
+def test_what_a_loss_of_power_left_in_the_cache_is_fetched_again(store, tmp_path, left):
+    data = Data(store, 0, 60)
+    snapshot = publish(store, parent=None, parts=[data.part], image_size=16)
+    SnapshotReader(Remote(store), snapshot, tmp_path / "cache").gather((2, 3), np.arange(60))
+    files = [path for path in (tmp_path / "cache").iterdir() if path.suffix != ".lock"]
+    assert {path.name.partition("-")[0] for path in files} > {"captions"}
+    for path in files:
+        size = path.stat().st_size
+        path.write_bytes({"zeros": bytes(size), "half": path.read_bytes()[: size // 2], "nothing": b""}[left])
+    batch = SnapshotReader(Remote(store), snapshot, tmp_path / "cache").gather((2, 3), np.arange(60))
+    assert np.array_equal(batch.mean, data.mean)
+    assert batch.captions[1] == "model 1"
+
+
 def test_empty_batch(store, tmp_path):
     data = Data(store, 0, 5)
     reader = SnapshotReader(store, publish(store, parent=None, parts=[data.part], image_size=16), tmp_path / "cache")
