@@ -151,6 +151,8 @@ def _redirect(target: str, status: str = "302 Found") -> bytes:
     return response(b"", f"Location: {target}", status=f"HTTP/1.1 {status}")
 
 
+#: A host that the crawl is told never to ask.
+BLOCKED_HOST = "blocked.example"
 SVG = b"<svg xmlns='http://www.w3.org/2000/svg' width='64' height='64'><script>alert(1)</script></svg>"
 HTML = b"<!doctype html><title>no picture</title>"
 CHUNKS = f"{OK}\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
@@ -205,7 +207,8 @@ def _served() -> list[Case]:
     add("many-headers", "failed", "protocol", (f"{OK}\r\n" + "X: y\r\n" * 200 + "\r\n").encode())
     for status in (401, 403, 404, 410, 451):
         add(f"status-{status}", "failed", f"http_{status}", response(b"no", status=f"HTTP/1.1 {status} No"))
-    add("status-500", "retry", "http_500", response(b"", status="HTTP/1.1 500 Oops"))
+    for status in (500, 501, 511, 530):
+        add(f"status-{status}", "retry", f"http_{status}", response(b"", status=f"HTTP/1.1 {status} Oops"))
     busy = response(b"", "Retry-After: 120", status="HTTP/1.1 503 Busy")
     add("status-503", "retry", "http_503", busy)
     add("status-429", "retry", "http_429", busy.replace(b"503 Busy", b"429 Slow down"))
@@ -215,6 +218,10 @@ def _served() -> list[Case]:
     add("redirect-decimal", "failed", "private_address", _redirect("http://2130706433/a.png"))
     add("redirect-metadata", "failed", "private_address", _redirect("http://169.254.169.254/latest/meta-data"))
     add("redirect-file", "failed", "scheme", _redirect("file:///etc/passwd"))
+    add("redirect-broken", "failed", "bad_url", _redirect("http://["))
+    add("redirect-utf-8", "ok", "", _redirect("/unicode-\u00fc".encode().decode("latin-1")))
+    add("redirect-blocked", "failed", "blocked_host", _redirect(f"http://img.{BLOCKED_HOST}/a.png"))
+    add("redirect-forbidden", "opt_out", "robots_txt", _redirect("/private/a.png"))
     add("cookie", "failed", "redirects", wants_cookie)
     for index, value in enumerate(
         (
@@ -236,6 +243,7 @@ def _served() -> list[Case]:
     ):
         add(f"opted-in-{index}", "ok", "", response(picture(), f"X-Robots-Tag: {value}"))
     add("private/a.png", "opt_out", "robots_txt", response(picture()))
+    add("verb\u00f6ten/a.png", "opt_out", "robots_txt", response(picture()))
     add("reserved/a.png", "opt_out", "tdm_reservation", response(picture()))
     add("etag", "unchanged", "unchanged", etag)
     add("etag-opt-out", "opt_out", "x_robots_tag", etag_opt_out)
@@ -274,7 +282,8 @@ def _refused() -> list[Case]:
 
 
 CASES = [*_served(), *_refused()]
-ROBOTS = b"User-agent: *\nDisallow: /private/\nAllow: /\n"
+#: Longer than a picture may be in these tests; its rules come first, one of them in UTF-8.
+ROBOTS = "User-agent: *\nDisallow: /private/\nDisallow: /verb\u00f6ten/\nAllow: /\n".encode() + b"# longer\n" * 2**17
 TDM = b'[{"location": "/reserved/*", "tdm-reservation": 1}]'
 
 

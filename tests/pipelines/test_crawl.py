@@ -21,13 +21,13 @@ from pipelines.config import RefreshConfig
 from pipelines.crawl import fetch_batch
 from pipelines.guard import FetchPolicy
 from starflow.errors import StarflowError
-from tests.pipelines.hostile_web import CASES, Case, HostileWeb, picture
+from tests.pipelines.hostile_web import BLOCKED_HOST, CASES, Case, HostileWeb, picture
 
 
 def hostile_policy(**changes: Any) -> FetchPolicy:
     """Small limits, so that hostile cases end soon."""
     config = RefreshConfig(urls="-", store="-", contact="me@example.org", allow_host=("127.0.0.1",))
-    limits = {"seconds": 2.0, "max_bytes": 2**20, "max_frames": 20}
+    limits = {"seconds": 2.0, "max_bytes": 2**20, "max_frames": 20, "block_hosts": frozenset((BLOCKED_HOST,))}
     return config.policy().model_copy(update={**limits, **changes})
 
 
