@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import io
 import json
+import tempfile
 from collections import defaultdict
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -64,20 +66,30 @@ def _scrub(store: ObjectStore, keys: Iterable[str], takedowns: Takedowns) -> int
     store.delete([*work, *(key for key in keys if key.endswith(".tar") and key not in tars)])
     tables = [key for key in keys if key.endswith(".parquet") and "/encode/" not in key]
     names: set[str] = set()  # of rows to remove: normalised URLs' keys, and ids
-    pictures: set[tuple[str, int, int]] = set()
+    pictures: dict[str, set[tuple[int, int]]] = defaultdict(set)
     for key in tables:
-        found, where = _blocked(store, key, takedowns)
+        found, tar, places = _blocked(store, key, takedowns)
         names |= found
-        pictures |= where
-    for tar in {tar for tar, _, _ in pictures}:
-        data = bytearray(store.read(tar))
-        for _, offset, size in (place for place in pictures if place[0] == tar):
-            data[offset : offset + size] = bytes(size)
-        store.write(tar, bytes(data))
+        if places:
+            pictures[tar] |= places
+    for tar, places in pictures.items():
+        _erase(store, tar, places)
     if names:
         for key in tables:
             _remove_rows(store, key, names)
-    return len(pictures)
+    return sum(map(len, pictures.values()))
+
+
+def _erase(store: ObjectStore, tar: str, places: Iterable[tuple[int, int]]) -> None:
+    """Overwrites each (offset, size) of the tar with zeros, on the disk: a tar has gigabytes."""
+    with tempfile.TemporaryDirectory(prefix="starflow-scrub-") as folder:
+        path = Path(folder) / "images.tar"
+        store.download(tar, path)
+        with path.open("r+b") as file:
+            for offset, size in places:
+                file.seek(offset)
+                file.write(bytes(size))
+        store.upload(tar, path)
 
 
 def _tar(store: ObjectStore, record_key: str) -> str:
@@ -86,20 +98,20 @@ def _tar(store: ObjectStore, record_key: str) -> str:
     return record.images.key if record.images else ""
 
 
-def _blocked(store: ObjectStore, key: str, takedowns: Takedowns) -> tuple[set[str], set[tuple[str, int, int]]]:
-    """Names of the rows of a table that were taken down, and (tar, offset, size) of their pictures."""
+def _blocked(store: ObjectStore, key: str, takedowns: Takedowns) -> tuple[set[str], str, set[tuple[int, int]]]:
+    """(names of the rows of a table that were taken down, the tar and each (offset, size) of their pictures)."""
     table = pq.read_table(io.BytesIO(store.read(key)))
     if "url" not in table.column_names:
-        return set(), set()
+        return set(), "", set()
     ids = table["id"].to_pylist() if "id" in table.column_names else [None] * len(table)
     table = table.filter(pa.array(takedowns.blocks(ids, table["url"].to_pylist())))
     names = {name for column in {"key", "id"} & set(table.column_names) for name in table[column].to_pylist()}
-    places = set()
+    tar, places = "", set()
     if len(table) and {"offset", "size"} <= set(table.column_names):  # what a crawl has fetched
         tar = _tar(store, f"{key.rpartition('/')[0]}/crawl.json")
         rows = zip(table["offset"].to_pylist(), table["size"].to_pylist(), strict=True)
-        places = {(tar, offset, size) for offset, size in rows if offset is not None}
-    return names - {None}, places
+        places = {(offset, size) for offset, size in rows if offset is not None}
+    return names - {None}, tar, places
 
 
 def _remove_rows(store: ObjectStore, key: str, names: set[str]) -> None:

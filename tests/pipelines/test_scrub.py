@@ -95,6 +95,25 @@ def test_finished_refreshes_are_scrubbed_in_place(store):
     assert scrub_sources(store) == 0
 
 
+def test_pictures_are_erased_without_their_tar_in_memory(store, monkeypatch):
+    """A tar has gigabytes: of 10,000 pictures."""
+    make_batch(store, 1, range(6))
+    Ledger(store, 1).commit(None, {}, ())
+    latents = np.ones((2, 1, 2, 2), np.float16)
+    samples = pa.table({"id": ["a", "b"], "url": ["http://x/a", "http://x/b"]})
+    publish(store, parent=None, parts=[part_from_arrays(store, VAE, latents, latents, samples)], image_size=16)
+    take_down(store, Takedowns([("url", "http://x/3"), ("url", "http://x/a")]))
+    read, whole = type(store).read, []
+
+    def spy(self, key, start=None, length=None):
+        whole.extend([key] if key.endswith(".tar") and length is None else [])
+        return read(self, key, start, length)
+
+    monkeypatch.setattr(type(store), "read", spy)
+    assert scrub_sources(store) == 1
+    assert not whole
+
+
 def test_a_refresh_at_work_is_scrubbed_once_it_has_finished(store):
     make_batch(store, 1, range(6))
     latents = np.ones((2, 1, 2, 2), np.float16)
