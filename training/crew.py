@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ import psutil
 
 from training.launch import Outcome, Report, read_heartbeats, read_reports
 from training.processes import PARENT, kill_group
+from training.silence import Silence
 
 #: Seconds between looks at the ranks, and until a dead rank's peers have said what they know.
 POLL, GRACE = 0.2, 2.0
@@ -103,12 +104,14 @@ class Crew:
 
     def _watch(self, torchrun: subprocess.Popen[bytes], lookout: Lookout) -> End:
         launched, asked = time.monotonic(), 0.0
+        silence = Silence(self.hang_timeout)  # the clock that files have may be set, and the machine may sleep
         while torchrun.poll() is None:
             beats, reports = read_heartbeats(self.folder), read_reports(self.folder)
             now = time.monotonic()
             if _died(beats, reports) or any(report.outcome == "failed" for report in reports.values()):
                 break
-            if hung := self._hung(beats, reports, now - launched):
+            silent = silence.look({str(rank): beat for rank, (_, beat) in beats.items() if rank not in reports})
+            if hung := self._hung(silent, len(beats), now - launched):
                 return End("failed", hung)
             if end := lookout.end():
                 return end
@@ -120,13 +123,12 @@ class Crew:
             time.sleep(POLL)
         return self._judge(torchrun)
 
-    def _hung(self, beats: dict[int, tuple[int, float]], reports: dict[int, Report], running: float) -> str | None:
+    def _hung(self, silent: Mapping[str, float], begun: int, running: float) -> str | None:
         limit = self.hang_timeout
-        silent = [rank for rank, (_, silence) in beats.items() if silence > limit and rank not in reports]
-        if silent:
-            return f"rank {', '.join(map(str, silent))} gave no sign of life for {limit:.0f} s and was stopped"
-        if len(beats) < self.ranks and running > limit:
-            return f"only {len(beats)} of {self.ranks} ranks had started after {limit:.0f} s"
+        if hung := [rank for rank, seconds in silent.items() if seconds > limit]:
+            return f"rank {', '.join(hung)} gave no sign of life for {limit:.0f} s and was stopped"
+        if begun < self.ranks and running > limit:
+            return f"only {begun} of {self.ranks} ranks had started after {limit:.0f} s"
         return None
 
     def _judge(self, torchrun: subprocess.Popen[bytes]) -> End:
@@ -170,13 +172,13 @@ def end_processes(torchrun: subprocess.Popen[bytes], folder: Path) -> None:
     psutil.wait_procs(family, timeout=10)
 
 
-def _ask_to_stop(beats: dict[int, tuple[int, float]]) -> None:
+def _ask_to_stop(beats: dict[int, tuple[int, str]]) -> None:
     for pid, _ in beats.values():
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGTERM)
 
 
-def _died(beats: dict[int, tuple[int, float]], reports: dict[int, Report]) -> list[int]:
+def _died(beats: dict[int, tuple[int, str]], reports: dict[int, Report]) -> list[int]:
     """Ranks that ended without a report."""
     return [rank for rank, (pid, _) in beats.items() if rank not in reports and not _living(pid)]
 

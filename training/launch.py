@@ -84,10 +84,10 @@ class Heart:
             self._last = now
 
 
-def read_heartbeats(folder: Path) -> dict[int, tuple[int, float]]:
-    """Rank: (process id, seconds since its last beat), for this machine's ranks that have begun."""
-    now, found = time.time(), {}
+def read_heartbeats(folder: Path) -> dict[int, tuple[int, str]]:
+    """Rank: (process id, what each beat changes), for this machine's ranks that have begun."""
+    found = {}
     for path in folder.glob("heartbeat-*.json"):
         pid = int(json.loads(path.read_text(encoding="utf-8"))["pid"])
-        found[int(path.stem.removeprefix("heartbeat-"))] = (pid, now - path.stat().st_mtime)
+        found[int(path.stem.removeprefix("heartbeat-"))] = (pid, str(path.stat().st_mtime_ns))
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -54,9 +55,16 @@ def watched(rank, tmp_path, monkeypatch):
 
 
 def test_a_hung_rank_is_ended_while_a_look_waits_for_the_store(rank, watched, tmp_path):
-    watched(hang_timeout=0.5)
+    watched(hang_timeout=2.0)
     rank.wait(timeout=60)
     assert "no sign of life" in watched.end().message
+
+
+def test_a_clock_that_is_set_forward_makes_nobody_silent(rank, watched, tmp_path):
+    os.utime(tmp_path / "heartbeat-0.json", (0, 0))
+    looked = threading.Event()
+    watched(look=looked.set, stop=looked.is_set)
+    assert rank.wait(timeout=60) == -signal.SIGTERM  # asked to stop after a look, not killed before
 
 
 def test_a_stop_reaches_the_ranks_while_a_look_waits_for_the_store(rank, watched):
