@@ -116,9 +116,9 @@ def finish_published(state: RefreshState) -> None:
     # What another process has planned since is not in this snapshot; it is asked for anew.
     state.plans = state.plans[: int(snapshot.versions["plans"])]
     files, kept, dropped = _write_ledger(state, state.left())
+    state.recovered, state.dropped = state.name, dict(sorted(dropped.items()))
     state.ledger.commit(snapshot.id, files, kept)
     state.open()
-    state.recovered, state.dropped = True, dict(sorted(dropped.items()))
 
 
 def _publish(state: RefreshState, parts: list[Part], left: pa.Table) -> Snapshot:

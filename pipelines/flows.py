@@ -46,6 +46,7 @@ from pipelines.refresh import STAGES, RefreshResult, Stage, result, run_stage
 from pipelines.report import data_uri, difference, drops_table, newest_pictures
 from pipelines.state import RefreshState
 from pipelines.workfolder import work_folder
+from starflow.encoders import EncoderError
 from starflow.forms import answer_rows, fields_of, parameters_of
 from starflow.objectstore import ObjectStore, open_store
 from starflow.snapshots import Snapshot, load_snapshot
@@ -167,10 +168,13 @@ def refresh_once(config: RefreshConfig) -> Answer:
         def run(stage: Stage) -> None:
             counts[stage.name] = stage_task.with_options(name=stage.name, task_run_name=stage.name)(state, stage)
 
-        *before, publish = STAGES
+        plan, *before, publish = STAGES
+        run(plan)
+        if state.recovered and state.parent:  # whoever published it was killed before saying so
+            announce(state.store, state.parent)
         for stage in before:
             run(stage)
-        number = state.name
+        number = state.name if state.plans else state.recovered or state.name
         if is_closed(state):
             pass_gate(state, counts)
         run(publish)
@@ -318,8 +322,15 @@ def report(store: ObjectStore, snapshot: Snapshot, answer: RefreshResult, number
 
 
 def show_pictures(store: ObjectStore, snapshot: Snapshot, key: str, what: str) -> None:
-    """An image artifact with the snapshot's newest samples; none for a snapshot without any."""
-    picture = newest_pictures(store, snapshot, PICTURES)
+    """An image artifact with the snapshot's newest samples; where there is none, or no VAE to decode them, it says so.
+
+    The VAE may be only where the Ray cluster is, and pictures must not keep a refresh from publishing.
+    """
+    try:
+        picture = newest_pictures(store, snapshot, PICTURES)
+    except (EncoderError, OSError) as error:
+        create_markdown_artifact(f"No pictures can be shown: {error}", key=key, description=what)
+        return
     if picture is None:
         create_markdown_artifact("This snapshot holds no sample.", key=key, description=what)
         return

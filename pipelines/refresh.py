@@ -375,7 +375,7 @@ def result(state: RefreshState) -> RefreshResult:
     snapshot = state.published
     if snapshot is None:
         raise StarflowError(f"the refresh of {state.store.url} has not been published; run its publish stage first")
-    new = state.recovered or snapshot.id != (state.parent.id if state.parent else None)
+    new = state.recovered != "" or snapshot.id != (state.parent.id if state.parent else None)
     counts = snapshot.counts
     return RefreshResult(
         snapshot=snapshot.id,

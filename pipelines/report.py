@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -75,10 +76,15 @@ def drops_table(store: ObjectStore, refresh: str) -> str:
     for reason, drops in drop_samples(store, refresh).items():
         for drop in drops:
             picture = f"![]({data_uri(drop.thumbnail, 'jpeg')})" if drop.thumbnail else ""
-            detail, url = (text.replace("|", "\\|").replace("\n", " ") for text in (drop.detail, drop.url))
-            rows.append(f"| {reason} | {picture} | {detail} | `{url}` |")
+            url = " ".join(drop.url.split()).replace("`", "%60").replace("|", "\\|")
+            rows.append(f"| {reason} | {picture} | {_escaped(drop.detail)} | `{url}` |")
     table = "\n".join(["| reason | picture | detail | URL |", "|---|---|---|---|", *rows])
     return table if rows else "Nothing was rejected."
+
+
+def _escaped(text: str) -> str:
+    """A text from the web as Markdown that shows just it: no picture is fetched, no link made, no cell ended."""
+    return re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", " ".join(text.split()))
 
 
 def newest_pictures(store: ObjectStore, snapshot: Snapshot, count: int) -> bytes | None:

@@ -48,7 +48,7 @@ class RefreshState:
         self.published: Snapshot | None = None
         self.dropped: dict[str, int] = {}
         self.seconds: dict[str, float] = {}
-        self.recovered = False
+        self.recovered = ""  # name of the refresh that a killed run had published, and this one has ended
         self.open()
 
     def open(self) -> None:
