@@ -6,6 +6,7 @@ import gzip
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime, timedelta
@@ -223,10 +224,11 @@ def test_each_hop_is_visited_and_its_wait_does_not_count() -> None:
 
     def visit(url: str) -> nullcontext[None]:
         visited.append(url)
+        time.sleep(0.6)
         return nullcontext()
 
     with serving(moved("/b"), response(b"x")) as (place, _):
-        get(f"http://{place}/a", OWN, visit=visit)
+        get(f"http://{place}/a", OWN.model_copy(update={"seconds": 1.0}), visit=visit)
         assert visited == [f"http://{place}/a", f"http://{place}/b"]
 
 
