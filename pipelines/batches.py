@@ -7,6 +7,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,11 +64,12 @@ SAMPLES = pa.schema(
 
 
 class CrawlRecord(Config):
-    """What fetching a batch gave: the tar of original bytes, the table with one row a URL, and what has left."""
+    """What fetching a batch gave: the tar of original bytes, the table with one row a URL, what has left, and when."""
 
     images: ObjectRef | None
     fetched: ObjectRef
     left: ObjectRef | None = None
+    fetched_at: datetime | None = None
     statuses: dict[str, int]
     reasons: dict[str, int]
     examples: dict[str, list[str]]
@@ -93,6 +95,11 @@ class FilterRecord(Config):
     count: int
     reasons: dict[str, int]
     examples: dict[str, list[str]]
+
+
+def utc_now() -> datetime:
+    """The time, to the second."""
+    return datetime.now(UTC).replace(microsecond=0)
 
 
 def load_record(store: ObjectStore, batch: Batch, record: type[Any]) -> Any:
@@ -165,6 +172,7 @@ def crawl_batch(
         images=images,
         fetched=put_table(store, f"{batch.folder}fetched", table),
         left=put_table(store, f"{batch.folder}left", left) if len(left) else None,
+        fetched_at=utc_now(),
         statuses=dict(Counter(table["status"].to_pylist())),
         reasons=dict(Counter(failed["reason"].to_pylist())),
         examples=examples(failed["reason"].to_pylist(), failed["url"].to_pylist()),

@@ -210,7 +210,7 @@ def _learned(state: RefreshState, batch: Batch) -> pa.Table:
         "reason": pc.fill_null(table["reason"], ""),
         "dropped": pc.fill_null(drops["dropped"].combine_chunks().take(place), ""),
         "attempts": pc.if_else(settled, pa.scalar(0, pa.int16()), attempts),
-        "next_retry": _next_retry(state, status, pc.if_else(asked, attempts, 1), table["retry_after"]),
+        "next_retry": _next_retry(state, status, pc.if_else(asked, attempts, 1), _until_retry(state, crawl, table)),
         "last_seen": pa.array([state.now] * len(table), MOMENT),
     }
     rows = pa.table({name: columns[name] for name in SCHEMA.names}, schema=SCHEMA)
@@ -220,10 +220,16 @@ def _learned(state: RefreshState, batch: Batch) -> pa.Table:
     )
 
 
-def _next_retry(state: RefreshState, status: pa.ChunkedArray, attempts: Any, asked: pa.ChunkedArray) -> pa.Array:
+def _until_retry(state: RefreshState, crawl: batches.CrawlRecord, table: pa.Table) -> pa.ChunkedArray:
+    """Seconds from the moment of the refresh to the end of each server's Retry-After, 0 without."""
+    late = (crawl.fetched_at - state.now).total_seconds() if crawl.fetched_at else 0.0
+    return pc.fill_null(pc.add(table["retry_after"], late), 0.0)
+
+
+def _next_retry(state: RefreshState, status: pa.ChunkedArray, attempts: Any, until: pa.ChunkedArray) -> pa.Array:
     """When to try again: later each time, and not before the server's Retry-After."""
     doubled = state.config.retry_after * 2.0 ** (attempts.to_numpy() - 1)
-    waits = np.maximum(np.minimum(doubled, _MAX_BACKOFF_SECONDS), pc.fill_null(asked, 0.0).to_numpy())
+    waits = np.maximum(np.minimum(doubled, _MAX_BACKOFF_SECONDS), until.to_numpy())
     return pa.array(
         [
             state.now + timedelta(seconds=float(wait)) if each == "retry" else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,6 @@ Event = dict[str, Any]
 OnEvent = Callable[[Event], None]
 #: Does a named piece of work and returns its record: at once, or as a task that a page shows.
 DoWork = Callable[[str, Callable[[], Any]], Any]
-
-
-def utc_now() -> datetime:
-    """The time, to the second."""
-    return datetime.now(UTC).replace(microsecond=0)
 
 
 def at_once(name: str, work: Callable[[], Any]) -> Any:
@@ -89,7 +84,7 @@ class RefreshState:
     @property
     def now(self) -> datetime:
         """The moment that counts as now: that of the first plan, also in a run that resumes it."""
-        return self.plans[0].moment if self.plans else utc_now()
+        return self.plans[0].moment if self.plans else batches.utc_now()
 
     @property
     def batches(self) -> list[Batch]:

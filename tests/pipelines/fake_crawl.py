@@ -101,7 +101,7 @@ class Bench:
         self.folder, self.store = folder, str(folder / "store")
         self.web = FakeWeb({})
         self.now = datetime(2026, 1, 1, tzinfo=UTC)
-        monkeypatch.setattr("pipelines.state.utc_now", lambda: self.now)
+        monkeypatch.setattr("pipelines.batches.utc_now", lambda: self.now)
         monkeypatch.setattr(batches, "fetch_batch", lambda *arguments: self.web.fetch_batch(*arguments))
         monkeypatch.setattr("pipelines.encode.encode", fake_encode)
 

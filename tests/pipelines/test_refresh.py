@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from datetime import timedelta
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -108,6 +109,23 @@ def test_a_long_retry_after_waits_for_a_later_refresh(bench: Bench) -> None:
     row = ledger_rows(bench)[url("busy")]
     assert bench.web.requests[url("busy")] == 1
     assert (row["next_retry"] - row["last_seen"]).total_seconds() == 7200
+
+
+def test_retry_after_counts_from_the_answer_and_not_from_the_plan(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A crawl may take days."""
+    fetch = bench.web.fetch_batch
+
+    def fetch_slowly(*arguments: Any) -> Any:
+        bench.now += timedelta(hours=5)
+        return fetch(*arguments)
+
+    monkeypatch.setattr(bench.web, "fetch_batch", fetch_slowly)
+    start = bench.now
+    bench.refresh(bench.write_list({url(0): png(0), url("busy"): ("retry", "http_503", 7200.0)}))
+    row = ledger_rows(bench)[url("busy")]
+    assert (row["last_seen"], row["next_retry"]) == (start, start + timedelta(hours=7))
 
 
 def test_repeated_urls_are_fetched_once(bench: Bench) -> None:

@@ -92,7 +92,7 @@ def web() -> Iterator[Web]:
 
 def test_what_servers_say_when_they_are_asked_again(tmp_path: Path, web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
     now = datetime(2026, 6, 1, tzinfo=UTC)
-    monkeypatch.setattr("pipelines.state.utc_now", lambda: now)
+    monkeypatch.setattr("pipelines.batches.utc_now", lambda: now)
     monkeypatch.setattr("pipelines.encode.encode", fake_encode)
     urls = [f"{web.base}/{name}" for name in PAGES]
     pq.write_table(pa.table({"url": urls, "caption": list(PAGES)}), tmp_path / "list.parquet")
