@@ -54,23 +54,29 @@ class Lease:
         self.store, self.run, self.owner, self.seconds = store, run, owner, seconds
         self.key = f"runs/{run}/{name}.json"
         self._silence, self._lock = Silence(seconds), threading.Lock()
+        self._longest = seconds
+
+    @property
+    def patience(self) -> float:
+        """Seconds for which to wait for the lease: twice the silence that frees it, as it was last seen."""
+        return 2 * self._longest
 
     def acquire(
         self,
-        wait: float = 0.0,
+        wait: bool = False,
         on_wait: Callable[[str], None] = lambda message: None,
         give_up: Callable[[], bool] = lambda: False,
     ) -> None:
         """Takes the lease if it is free, and commits what it announces.
 
         It is free when it was given back, when its owner is known to have ended, when it has been silent for as long
-        as it says while this object looked, or when it expired so long ago that clocks do not matter. Waits up to
-        `wait` seconds; then, or as soon as `give_up`, raises LeaseHeldError naming the owner.
+        as it says while this object looked, or when it expired so long ago that clocks do not matter. With `wait`
+        it waits for its `patience`; then, or as soon as `give_up`, raises LeaseHeldError naming the owner.
         """
-        deadline, told = time.monotonic() + wait, False
+        began, told = time.monotonic(), False
         while owner := self._try():
             message = f"run {self.run!r} is being written by {describe(owner)}"
-            if time.monotonic() >= deadline or give_up():
+            if not wait or time.monotonic() - began >= self.patience or give_up():
                 raise LeaseHeldError(f"{message}; stop it there, or use another run name")
             if not told:
                 on_wait(f"{message}; waiting for it to end or fall silent")
@@ -185,9 +191,11 @@ class Lease:
         if info is None:
             return None, None
         try:
-            return info, Record.model_validate_json(self.store.read(self.key))
+            record = Record.model_validate_json(self.store.read(self.key))
         except (NotFoundError, ValueError):
             return info, None
+        self._longest = max(self.seconds, record.seconds)
+        return info, record
 
     def _signed(self, record: Record | None) -> bytes:
         announced = record.announced if record else None

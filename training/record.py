@@ -107,7 +107,7 @@ def _start_anew(store: ObjectStore, config: TrainConfig) -> None:
         return time.monotonic() - began > RECORDING and lease.is_held()
 
     try:
-        lease.acquire(2 * config.lease_seconds, give_up=at_work)
+        lease.acquire(wait=True, give_up=at_work)
     except LeaseHeldError:
         return
     try:

@@ -74,9 +74,8 @@ class Supervisor:
 
     def _lead_alone(self) -> Outcome:
         self.events = Events(self.store, self.config.run)
-        wait = 2 * self.config.lease_seconds
         self._patiently(
-            lambda: self.lease.acquire(wait, lambda message: self._tell("waiting", message), self._stop.is_set)
+            lambda: self.lease.acquire(True, lambda message: self._tell("waiting", message), self._stop.is_set)
         )
         return self._lead() or "failed"
 
@@ -101,7 +100,7 @@ class Supervisor:
                         return outcome
                 elif self._patiently(self._is_led_by_others):
                     foreign = foreign or now
-                    if now - foreign > 2 * self.config.lease_seconds:
+                    if now - foreign > self.lease.patience:
                         raise refused
                 else:
                     foreign = 0.0

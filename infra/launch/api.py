@@ -100,7 +100,7 @@ def _alone(config: TrainConfig) -> Iterator[None]:
     """One submits a run at a time: of two, the second waits, and finds the first at work."""
     lease = Lease(open_store(config.store), config.run, identity(), SUBMIT_SECONDS, name="submitting")
     try:
-        lease.acquire(2 * SUBMIT_SECONDS, lambda _: console.print(f"run {config.run!r} is being launched; waiting"))
+        lease.acquire(True, lambda _: console.print(f"run {config.run!r} is being launched; waiting"))
     except LeaseHeldError as error:
         owner, _ = lease.holder() or ("somebody", 0.0)
         raise AlreadyLaunchedError(

@@ -36,7 +36,7 @@ def test_silence_and_dead_owners_free_the_lease(tmp_path):
     Lease(store, "r", "elsewhere:1:1", seconds=0.6).acquire()
     waited = []
     began = time.monotonic()
-    Lease(store, "r", "elsewhere:2:1", seconds=0.6).acquire(wait=30, on_wait=waited.append)
+    Lease(store, "r", "elsewhere:2:1").acquire(wait=True, on_wait=waited.append)
     assert time.monotonic() - began >= 0.6
     assert len(waited) == 1
     host = identity().rsplit(":", 2)[0]
@@ -62,7 +62,17 @@ def test_clocks_do_not_matter(tmp_path, monkeypatch, off):
         renew(owner.renew)
     with pytest.raises(LeaseHeldError):
         other.acquire()
-    other.acquire(wait=30)
+    other.acquire(wait=True)
+
+
+def test_who_has_a_short_lease_waits_for_a_long_one_to_fall_silent(tmp_path, monkeypatch, clock):
+    store = open_store(str(tmp_path))
+    clock.time, clock.sleep = clock.monotonic, lambda seconds: setattr(clock, "now", clock.now + seconds)
+    monkeypatch.setattr(lease_module, "time", clock)
+    Lease(store, "r", "elsewhere:1:1", seconds=600).acquire()
+    began = clock.now
+    Lease(store, "r", "elsewhere:2:1", seconds=5).acquire(wait=True)
+    assert 600 <= clock.now - began < 610
 
 
 def test_a_lease_that_expired_long_ago_is_free_at_once(tmp_path, monkeypatch):
@@ -86,7 +96,7 @@ def test_a_late_owner_neither_releases_nor_renews(tmp_path):
     store = open_store(str(tmp_path))
     late, other = Lease(store, "r", "elsewhere:1:1", seconds=0.3), Lease(store, "r", "elsewhere:2:1")
     late.acquire()
-    other.acquire(wait=30)
+    other.acquire(wait=True)
     late.release()
     other.check()
     other.release()
@@ -103,7 +113,7 @@ def test_a_release_that_another_one_overtakes_does_nothing(tmp_path, monkeypatch
 
     def overtaken(*arguments):
         monkeypatch.undo()
-        other.acquire(wait=30)
+        other.acquire(wait=True)
         replace(*arguments)
 
     monkeypatch.setattr(store, "replace", overtaken)
@@ -137,7 +147,7 @@ def test_a_writer_that_lost_the_lease_before_it_announced_commits_nothing(tmp_pa
     first, second = Lease(store, "r", "elsewhere:1:1", seconds=0.3), Lease(store, "r", "elsewhere:2:1")
     first.acquire()
     paused(first, monkeypatch, "write", done=True)
-    second.acquire(wait=30)
+    second.acquire(wait=True)
     assert store.head("m") is None
     with pytest.raises(LeaseHeldError, match="process 2 on elsewhere"):  # it wakes, and goes on where it was
         first._announce(Announced(key="m", draft="drafts/1"))
@@ -153,7 +163,7 @@ def test_a_checkpoint_that_was_announced_is_its_successors_too(tmp_path, monkeyp
     first.acquire()
     paused(first, monkeypatch, request_, done=request_ == "replace")
     assert store.head("m") is None
-    second.acquire(wait=30)
+    second.acquire(wait=True)
     assert store.read("m") == b"by the first"
     store.create("m", b"by the first")  # the late writer wakes: no harm done
     assert not list(store.list("drafts/"))

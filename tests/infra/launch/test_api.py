@@ -209,7 +209,7 @@ def test_of_two_launches_at_once_one_is_refused(make_config: Make, store: Object
     other = Lease(store, "test", "elsewhere/boot/1:7:1.00", seconds=60, name="submitting")
     other.acquire()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("infra.launch.api.SUBMIT_SECONDS", 0.1)
+        patch.setattr(Lease, "patience", 0.1)
         with pytest.raises(AlreadyLaunchedError, match=r"is being launched by process 7 on elsewhere all the while"):
             submit(make_config(), TWO_HOSTS)
     assert not list(store.list("runs/test/launches/"))
