@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -15,6 +16,7 @@ from pipelines.refresh import RefreshResult
 from starflow.errors import AlreadyExistsError
 from starflow.manifest import ObjectRef
 from starflow.objectstore import open_store
+from starflow.parts import LayerPlan, part_from_arrays
 from starflow.snapshots import newest_snapshot, publish
 from starflow.takedowns import Takedowns
 from starflow.urls import url_key
@@ -83,14 +85,14 @@ def test_another_snapshot_published_meanwhile_is_built_upon(bench: Bench) -> Non
     assert run_killed(bench, listed, 3, True) is None
     parent = newest_snapshot(store)
     assert parent is not None
-    other = publish(store, parent=parent, parts=[*parent.parts, _another_part(parent.parts[0])], image_size=32)
+    latents = np.zeros((1, *parent.parts[0].arrays["mean"].shape[1:]), np.float16)
+    samples = pa.table({"id": ["0" * 64], "url": [url("other")]})
+    layer = LayerPlan(origin="alt-text", version="1")
+    part = part_from_arrays(store, parent.vae, latents, latents, samples, [(layer, ["another"])])
+    other = publish(store, parent=parent, parts=[*parent.parts, part], image_size=32)
     result = bench.refresh(listed)
     assert (result.parent, result.total) == (other.id, 3)
     assert first.snapshot != result.parent
-
-
-def _another_part(part: Any) -> Any:
-    return part.model_copy(update={"id": "other"})
 
 
 def test_a_takedown_meanwhile_is_respected(bench: Bench) -> None:
