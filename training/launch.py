@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -16,6 +19,8 @@ Outcome = Literal["completed", "preempted", "failed"]
 
 #: Exit status of `starflow train` after a requested stop: saved, to be continued (EX_TEMPFAIL of sysexits.h).
 PREEMPTED_STATUS = 75
+#: Seconds between two beats, at least.
+BEAT = 0.5
 
 
 class Attempt(Config):
@@ -79,9 +84,27 @@ class Heart:
     def beat(self) -> None:
         """Cheap enough for every step."""
         now = time.monotonic()
-        if now - self._last > 0.5:
+        if now - self._last > BEAT:
             os.utime(self._path)
             self._last = now
+
+    @contextmanager
+    def beating(self) -> Iterator[None]:
+        """Beats in a thread meanwhile: for large files from elsewhere, whose requests have deadlines of their own."""
+        done = threading.Event()
+
+        def go_on() -> None:
+            while not done.wait(BEAT):
+                self.beat()
+
+        thread = threading.Thread(target=go_on, name="heart", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+            self.beat()
 
 
 def read_heartbeats(folder: Path) -> dict[int, tuple[int, str]]:

@@ -23,7 +23,7 @@ from starflow.checkpoints import (
     load_manifest,
 )
 from starflow.errors import ConfigError, CorruptError, NotFoundError
-from starflow.objectstore import ObjectStore
+from starflow.objectstore import ObjectStore, file_sha256
 from training.checkpoint import random_states
 from training.config import TrainConfig
 from training.ema import EMA
@@ -134,17 +134,23 @@ def _restore_random(path: Path) -> None:
 
 
 def _download(store: ObjectStore, checkpoint: Checkpoint, engine: Engine, folder: Path) -> None:
-    """Brings the verified objects that this rank needs to `folder`."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    for number in _needed(store, checkpoint, engine):
-        for kind in Shard.model_fields:
-            ref = getattr(checkpoint.shards[number], kind)
-            path = folder / f"{kind}-{number:05d}.safetensors"
-            try:
-                manifest.download(store, ref, path)
-            except CorruptError:  # on the way, perhaps: large objects come in ranges, which carry no checksum
-                manifest.download(store, ref, path)
+    """Brings the verified objects that this rank needs to `folder`; those that an attempt before has brought stay."""
+    folder.mkdir(parents=True, exist_ok=True)
+    wanted = {
+        folder / f"{kind}-{number:05d}.safetensors": getattr(checkpoint.shards[number], kind)
+        for number in _needed(store, checkpoint, engine)
+        for kind in Shard.model_fields
+    }
+    for path in folder.iterdir():
+        if path not in wanted or file_sha256(path) != wanted[path].sha256:
+            path.unlink()
+    for path, ref in wanted.items():
+        if path.exists():
+            continue
+        try:
+            manifest.download(store, ref, path)
+        except CorruptError:  # on the way, perhaps: large objects come in ranges, which carry no checksum
+            manifest.download(store, ref, path)
 
 
 def _needed(store: ObjectStore, checkpoint: Checkpoint, engine: Engine) -> list[int]:

@@ -79,17 +79,18 @@ class Rank:
         check_data(flow, snapshot, config.preset)
         reader = SnapshotReader(store, snapshot, config.cache / "snapshots", config.held_out)
         device = f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else "cpu"
-        conditioner = make_conditioner(config, flow, reader.text, device)
+        with self.heart.beating():
+            conditioner = make_conditioner(config, flow, reader.text, device)
         trained = self._trained(snapshot, conditioner.identity)
-        self.heart.beat()
         torch.manual_seed(config.seed)
         model = STARFlow(flow)
         if config.init_from and not list_steps(store, config.run):
-            initialise(model, config.init_from, trained)
+            with self.heart.beating():
+                initialise(model, config.init_from, trained)
         engine = Engine(model, config)
         ema = EMA(engine.fragments)
-        checkpoint = resume(store, config, engine, ema)
-        self.heart.beat()
+        with self.heart.beating():
+            checkpoint = resume(store, config, engine, ema)
         samples = self._samples(store, engine, ema, reader, conditioner)
         saver = Saver(config, config.store, engine, ema, self.attempt.owner)
         state = State()

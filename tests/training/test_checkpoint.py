@@ -14,7 +14,7 @@ from safetensors.torch import load
 
 from starflow import manifest
 from starflow.checkpoints import list_steps, load_manifest, read_weights
-from starflow.errors import ConfigError, CorruptError, StoreError
+from starflow.errors import ConfigError, CorruptError, StoreError, UnavailableError
 from tests.training.one_rank import Setup
 from training.checkpoint import Snapshot
 from training.lease import Lease
@@ -125,6 +125,30 @@ def test_a_rank_that_is_lost_during_the_last_save_is_no_failed_save(saved, store
         saved.save(6, metrics)
     assert saved.saver.failures == 0
     assert load_manifest(store, "test").step == 4
+
+
+def test_a_resume_that_was_killed_has_kept_what_it_had_fetched(saved, make_config, store, monkeypatch):
+    other, fetched, fetch = Setup(make_config(ranks=1), seed=5), [], manifest.download
+
+    def download(store, ref, path):
+        if len(fetched) == 2:
+            raise UnavailableError("the store is away")
+        fetched.append(path.name)
+        fetch(store, ref, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(manifest, "download", download)
+        with pytest.raises(UnavailableError):
+            resume(store, other.config, other.engine, other.ema)
+    folder = other.config.folder / "resume" / "0"
+    (folder / fetched[1]).write_bytes(b"lost its content when the power went")
+    (folder / "ema-00001.safetensors").write_bytes(b"of another checkpoint")
+    again = []
+    monkeypatch.setattr(manifest, "download", lambda *args: (again.append(args[2].name), fetch(*args)))
+    assert resume(store, other.config, other.engine, other.ema).step == 4
+    assert same(other.state(), saved.state())
+    assert fetched[0] not in again
+    assert fetched[1] in again
 
 
 def test_missing_objects_fall_back_and_nothing_left_moves_nothing(saved, make_config, store):
