@@ -153,7 +153,7 @@ class _Finetuning:
 
     def __init__(self, store: ObjectStore, config: DecoderConfig) -> None:
         self.store = store
-        newest = next(load_progress(store, config.name), None)
+        newest = load_progress(store, config.name)
         if newest is not None:
             _check_same(config, newest[0].config)
             config = config.model_copy(update={"snapshot": newest[0].config["snapshot"]})

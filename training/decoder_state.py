@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -57,17 +56,28 @@ def list_progress(store: ObjectStore, name: str) -> list[str]:
     return sorted((i.key for i in store.list(f"{PREFIX}{name}/progress/") if i.key.endswith(".json")), reverse=True)
 
 
-def load_progress(store: ObjectStore, name: str) -> Iterator[tuple[Progress, dict[str, Tensor]]]:
-    """Progress with its tensors, newest first; what is damaged is deleted, with a warning, and the next one given."""
+def load_progress(store: ObjectStore, name: str) -> tuple[Progress, dict[str, Tensor]] | None:
+    """The newest whole progress with its tensors; None before any. What was damaged is deleted, with a warning.
+
+    Raises CorruptError when there is progress but none is whole: then nothing is deleted.
+    """
+    damaged: dict[str, Exception] = {}
     for key in list_progress(store, name):
         try:
             progress = Progress.model_validate(manifest.load(store, key, KIND, VERSION))
             tensors = load(manifest.get(store, progress.tensors))
         except (CorruptError, NotFoundError, SafetensorError, ValidationError) as error:
             log.warning("going back to an earlier step: %s", error)
-            store.delete([key])
+            damaged[key] = error
             continue
-        yield progress, tensors
+        store.delete(damaged)
+        return progress, tensors
+    if damaged:
+        raise CorruptError(
+            f"decoder {name!r} has progress but none of {len(damaged)} is whole ({next(iter(damaged.values()))}); "
+            f"restore the objects of one in {store.url}, or use another name"
+        )
+    return None
 
 
 def delete_progress(store: ObjectStore, name: str, kept: int = 0) -> None:

@@ -21,7 +21,7 @@ from starflow.cache import FileCache
 from starflow.cli import app
 from starflow.decoders import list_decoders
 from starflow.encoders import load_vae
-from starflow.errors import AlreadyExistsError, ConfigError, StarflowError
+from starflow.errors import AlreadyExistsError, ConfigError, CorruptError, StarflowError
 from starflow.images import decode_image, fit
 from starflow.objectstore import open_store
 from starflow.parts import part_from_arrays
@@ -99,10 +99,15 @@ def test_a_killed_fine_tuning_goes_on_to_the_same_weights(config, tmp_path):
     for step in (5, 7):
         with pytest.raises(Killed):
             finetune(settings, killed_after(step))
-    # The newest progress is damaged: the one before serves.
+    # Both are damaged; when the older one is restored it serves.
     store = open_store(settings.store)
-    newest = manifest.load(store, list_progress(store, "d")[0], "decoder-progress", 1)
-    store.write(newest["tensors"]["key"], b"damaged")
+    both = [manifest.load(store, key, "decoder-progress", 1) for key in list_progress(store, "d")]
+    newest, data = both[0], [store.read(progress["tensors"]["key"]) for progress in both]
+    for progress in both:
+        store.write(progress["tensors"]["key"], b"damaged")
+    with pytest.raises(CorruptError, match=r"none of 2 is whole \(.* is corrupt.*restore"):
+        finetune(settings)
+    store.write(both[1]["tensors"]["key"], data[1])  # as the error asks: nothing was begun anew meanwhile
     decoder = finetune(settings, lambda step, losses, quality: seen.append(step))
     assert newest["step"] == 6
     assert seen == [5, 6, 7, 8]
