@@ -3,11 +3,12 @@
 All processes of a node share it. Each file is made once, under a lock that the kernel drops with its holder,
 and appears by rename once the disk has it, so that neither a crash nor a loss of power leaves anything that a
 reader could take for complete; one that proves corrupt all the same is made anew. The least recently
-opened files go first; whoever still maps one keeps its bytes until the map is closed.
+opened files go first; whoever still maps one keeps its bytes, and the disk has them, until the map is closed.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import time
@@ -20,6 +21,8 @@ from starflow.errors import CorruptError, StoreError
 
 #: Files that a crash left unfinished are swept once they are this old, in seconds.
 UNFINISHED_SECONDS = 3600.0
+#: Share of its files that a folder keeps when the disk or a quota is full, and is its limit from then on.
+FULL_SHARE = 0.75
 _ATTEMPTS = 5
 
 T = TypeVar("T")
@@ -30,6 +33,12 @@ class FileCache:
 
     def __init__(self, directory: Path, limit: int = 64 * 2**30) -> None:
         self.directory, self.limit = directory.expanduser().absolute(), limit
+        #: Called when files may have been evicted; for whoever maps them.
+        self.on_evict: list[Callable[[], None]] = []
+
+    def holds(self, name: str) -> bool:
+        """Whether the file `name` is there."""
+        return (self.directory / name).exists()
 
     def read(self, name: str, make: Callable[[Path], None], read: Callable[[BinaryIO], T]) -> T:
         """What `read` makes of the file `name`; one that it finds corrupt (CorruptError) is made anew, once.
@@ -56,7 +65,8 @@ class FileCache:
                 os.utime(file.fileno())  # recently used: among the last to go
                 return file
         raise StoreError(
-            f"{path} is evicted faster than it can be opened: the cache of {self.limit} bytes is too small"
+            f"{path} is evicted faster than it can be opened: the cache of {self.limit} bytes is too small; "
+            "give it more, in training with cache_gib"
         )
 
     def _make(self, path: Path, make: Callable[[Path], None]) -> None:
@@ -65,9 +75,13 @@ class FileCache:
             with self._locked(f"{path.name[:2]}.lock"):
                 if not path.exists():  # else another process has made it while we waited
                     unfinished = path.with_name(f"{path.name}~")
-                    make(unfinished)
-                    with unfinished.open("rb") as file:
-                        os.fsync(file.fileno())
+                    try:
+                        _make_durably(unfinished, make)
+                    except OSError as error:
+                        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                            raise
+                        self._evict(keep=path, full=True)
+                        _make_durably(unfinished, make)
                     unfinished.replace(path)
         except OSError as error:
             raise StoreError(
@@ -76,7 +90,7 @@ class FileCache:
             ) from error
         self._evict(keep=path)
 
-    def _evict(self, keep: Path) -> None:
+    def _evict(self, keep: Path, full: bool = False) -> None:
         with self._locked("evict.lock"):
             files, total = [], 0
             for entry in os.scandir(self.directory):
@@ -87,14 +101,24 @@ class FileCache:
                 total += status.st_size
                 if not entry.name.endswith(".lock") and entry.name != keep.name:
                     files.append((status.st_mtime, status.st_size, Path(entry.path)))
+            if full:
+                self.limit = min(self.limit, int(FULL_SHARE * total))
             for modified, size, path in sorted(files):
                 unfinished = "~" in path.name
                 if time.time() - modified > UNFINISHED_SECONDS if unfinished else total > self.limit:
                     path.unlink(missing_ok=True)
                     total -= size
+        for tell in self.on_evict:
+            tell()
 
     @contextmanager
     def _locked(self, name: str) -> Iterator[None]:
         with (self.directory / name).open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
+
+
+def _make_durably(path: Path, make: Callable[[Path], None]) -> None:
+    make(path)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

@@ -76,8 +76,10 @@ class SnapshotReader:
         indices = self._pool.map(lambda part: self._read_index(part, held_out), snapshot.parts)
         self._parts = [_PartReader(self, part, index) for part, index in zip(snapshot.parts, indices, strict=True)]
         self._rows = {grid: _GridRows(parts) for grid, parts in _by_grid(self._parts).items()}
-        self._maps: OrderedDict[tuple[str, str, int], Future[MappedShard]] = OrderedDict()
+        self._maps: OrderedDict[tuple[_PartReader, str, int], Future[MappedShard]] = OrderedDict()
         self._lock = threading.Lock()
+        if not isinstance(store, LocalStore):
+            self.cache.on_evict.append(self._let_go)
 
     def held_out_side(self) -> SnapshotReader:
         """A reader of the held-out samples; shares everything with this one."""
@@ -164,7 +166,7 @@ class SnapshotReader:
 
     def shard(self, part: _PartReader, array: str, shard: int) -> Future[MappedShard]:
         """The mapped shard, or the promise of it."""
-        key = (part.part.id, array, shard)
+        key = (part, array, shard)
         with self._lock:
             found = self._maps.pop(key, None)
             if found is None or (found.done() and found.exception()):
@@ -177,6 +179,14 @@ class SnapshotReader:
             if len(self._maps) > MAPPED_SHARDS:
                 self._maps.popitem(last=False)
         return found
+
+    def _let_go(self) -> None:
+        """Closes the maps of evicted files, so that the disk has their room and the cache its limit."""
+        with self._lock:
+            mapped = [key for key, found in self._maps.items() if found.done() and not found.exception()]
+            for part, array, shard in mapped:
+                if not self.cache.holds(part.ref(array, shard).sha256):
+                    del self._maps[part, array, shard]
 
     def _places(self, grid: Grid, ordinals: Ints) -> Iterator[_Place]:
         rows = self._rows[grid]
@@ -243,8 +253,8 @@ class _PartReader:
                 out[into] = scattered
 
     def map_shard(self, array: str, shard: int) -> MappedShard:
-        spec, index = self._array(array)
-        ref = index.object(array, shard, len(spec.shape))
+        spec, _ = self._array(array)
+        ref = self.ref(array, shard)
         rows = min(self.part.shard, self.part.rows - shard * self.part.shard)
 
         def read(file: BinaryIO) -> MappedShard:
@@ -259,6 +269,10 @@ class _PartReader:
                 return read(file)
         except FileNotFoundError as error:
             raise CorruptError(f"{store.url}/{ref.key} is missing; restore it or use another snapshot") from error
+
+    def ref(self, array: str, shard: int) -> ObjectRef:
+        spec, index = self._array(array)
+        return index.object(array, shard, len(spec.shape))
 
     def _array(self, array: str) -> tuple[ArraySpec, ShardIndex]:
         if array in self.part.arrays:

@@ -1,5 +1,6 @@
 """The file cache: each file made once, bounded, evicted files stay readable to those who have them open."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -118,6 +119,27 @@ def test_another_process_killed_while_making_a_file_is_no_obstacle(tmp_path):
         child.kill()
         waiting.join(30)
     assert found == [b"whole"]
+
+
+def test_a_full_disk_is_the_limit_from_then_on(tmp_path):
+    """As long as there is something to evict."""
+    cache, disk = FileCache(tmp_path), 100
+
+    def write(path):
+        if sum(file.stat().st_size for file in tmp_path.iterdir()) + 20 > disk:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        path.write_bytes(bytes(20))
+
+    now = time.time()
+    for number in range(5):
+        cache.open(str(number), write).close()
+        os.utime(tmp_path / str(number), (now - 10 + number, now - 10 + number))
+    cache.open("5", write).close()
+    assert {path.name for path in tmp_path.iterdir() if path.suffix != ".lock"} == {"3", "4", "5"}
+    assert cache.limit == 75
+    disk = 0
+    with pytest.raises(StoreError, match="cannot take 6: No space left"):
+        cache.open("6", write)
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):

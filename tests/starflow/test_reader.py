@@ -2,11 +2,13 @@
 
 import hashlib
 import threading
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
+from starflow.cache import FileCache
 from starflow.encoders import TextIdentity, VAEIdentity
 from starflow.errors import ConfigError, CorruptError
 from starflow.objectstore import LocalStore, open_store
@@ -168,6 +170,27 @@ def test_what_a_loss_of_power_left_in_the_cache_is_fetched_again(store, tmp_path
     batch = SnapshotReader(Remote(store), snapshot, tmp_path / "cache").gather((2, 3), np.arange(60))
     assert np.array_equal(batch.mean, data.mean)
     assert batch.captions[1] == "model 1"
+
+
+def test_maps_hold_no_more_of_the_disk_than_the_cache_may_take(store, tmp_path):
+    data = Data(store, 0, 60)
+    snapshot = publish(store, parent=None, parts=[data.part], image_size=16)
+    cache = FileCache(tmp_path / "cache")
+    reader = SnapshotReader(Remote(store), snapshot, cache)
+    reader.gather((2, 3), np.arange(60))
+    sizes = {path.name: path.stat().st_size for path in cache.directory.iterdir()}
+    cache.limit = sum(sizes.values()) - sum(sizes[Path(name).name] for name in mapped(cache)) // 2
+    assert len(mapped(cache)) == 8
+    cache.open("another", lambda path: path.write_bytes(b"x")).close()
+    assert 0 < len(mapped(cache)) < 8
+    assert all(Path(name).exists() for name in mapped(cache))
+    assert np.array_equal(reader.gather((2, 3), np.arange(60)).mean, data.mean)
+
+
+def mapped(cache):
+    """Shards that this process maps, evicted ones included."""
+    found = {line.split(maxsplit=5)[5] for line in Path("/proc/self/maps").read_text().splitlines() if "/" in line}
+    return {name for name in found if name.startswith(str(cache.directory)) and "captions-" not in name}
 
 
 def test_empty_batch(store, tmp_path):
