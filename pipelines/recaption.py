@@ -124,10 +124,10 @@ def _request(config: RecaptionConfig) -> str:
 
 
 def _published_before(store: ObjectStore, config: RecaptionConfig, snapshot: Snapshot) -> Snapshot | None:
-    """What the same request has published on top of `snapshot` before; None if `snapshot` is the newest."""
+    """What the same request has published on top of that `snapshot` before; None for the newest."""
     newest = load_snapshot(store)
-    if snapshot.number == newest.number:
-        return None
+    if config.snapshot == "newest" or snapshot.number == newest.number:
+        return None  # a newer one than `snapshot` by now is found out when publishing
     child = load_snapshot(store, str(snapshot.number + 1))
     if child.versions.get("recaption") == _request(config):
         return child

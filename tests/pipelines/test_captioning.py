@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
-import psutil
 import pytest
 from PIL import Image
 
@@ -15,6 +14,7 @@ from pipelines.captioning import captioning, originals
 from pipelines.originals import Picture
 from starflow.objectstore import ObjectStore, open_store
 from tests.pipelines.fake_captioners import COLOURS, save_tiny_blip, serve_endpoint
+from tests.pipelines.ray_actors import actor_processes
 
 NAMES = list(COLOURS)
 
@@ -92,7 +92,7 @@ def test_a_model_captions_on_ray_and_survives_the_death_of_an_actor(store: Objec
     pictures = squares(store, 30)
     config = CaptionConfig(captioner=str(tmp_path / "blip"), actors=1, caption_tokens=5)
     with captioning(store, config) as captioner:
-        actors = [p for p in psutil.Process().children(recursive=True) if "CaptionWorker" in p.name()]
+        actors = actor_processes("CaptionWorker")
         assert len(actors) == 1
         jobs = captioner.pool.map
         killed = []

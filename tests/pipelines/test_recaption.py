@@ -173,7 +173,11 @@ def test_a_budget_that_ends_and_refused_pictures_cost_nothing(
     assert asked >= 20
     endpoint.refused = {"red": 422}
     result = ask(store, endpoint)
-    assert len(endpoint.requests) - asked == result.captioned == 2 * (COUNT - 1) - asked
+    assert result.captioned == 2 * (COUNT - 1) - asked
+    assert len(endpoint.requests) - asked - result.captioned in (
+        0,
+        1,
+    )  # a picture of ours, where only red ones were left
     assert 0 < result.quality["refused:http_422"] == result.quality["empty"] < result.captioned
     assert not [info.key for info in store.list("parts/") if "/chunks-" in info.key]
 
