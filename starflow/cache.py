@@ -93,7 +93,7 @@ class FileCache:
     def _evict(self, keep: Path, full: bool = False) -> None:
         with self._locked("evict.lock"):
             files, total = [], 0
-            for entry in os.scandir(self.directory):
+            for entry in filter(os.DirEntry.is_file, os.scandir(self.directory)):
                 try:
                     status = entry.stat()
                 except FileNotFoundError:

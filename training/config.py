@@ -35,6 +35,12 @@ class TrainConfig(Config):
     )
     ranks: int = Field(1, gt=0, description="Processes in all, one per GPU.")
     seed: int = Field(0, ge=0, description="Decides initial weights, sample order and every random draw.")
+    order_block: int = Field(
+        256, gt=0, description="Neighbouring samples that are read together; with a small cache about a shard's rows."
+    )
+    order_window: int = Field(
+        64, gt=0, description="Blocks whose samples are shuffled among each other; their shards must fit the cache."
+    )
 
     init_from: str | None = Field(
         None, description="Checkpoint whose weights a new run starts from: STORE/RUN or STORE/RUN@STEP."
@@ -99,6 +105,7 @@ class TrainConfig(Config):
     peak_tflops: float | None = Field(None, gt=0, description="TFLOP/s of one rank's device, for the share of peak.")
     wandb_project: str | None = Field(None, description="Also log to this Weights & Biases project.")
     cache: Path = Field(default_factory=default_cache, description="Local folder for what can be fetched again.")
+    cache_gib: float = Field(64.0, gt=0, description="GiB that fetched shards may take there; less on a full disk.")
 
     @model_validator(mode="before")
     @classmethod
@@ -186,5 +193,6 @@ RESUMABLE = frozenset(
         "peak_tflops",
         "wandb_project",
         "cache",
+        "cache_gib",
     }
 )

@@ -99,10 +99,13 @@ class Loop:
 
     def run(self) -> bool:
         """Trains; True when the last step is done and committed, False after a request to stop (saved, too)."""
-        order = BatchOrder(self.reader.counts, self.config.seed, self.config.global_batch_size)
+        config = self.config
+        order = BatchOrder(
+            self.reader.counts, config.seed, config.global_batch_size, config.order_block, config.order_window
+        )
         rank, ranks = dist.get_rank(), dist.get_world_size()
-        line = ProgressLine(self.config.steps) if self.metrics else None
-        with Loader(self.reader, order, rank, ranks, self.state.step, self.config.steps) as loader:
+        line = ProgressLine(config.steps) if self.metrics else None
+        with Loader(self.reader, order, rank, ranks, self.state.step, config.steps) as loader:
             examples = prefetch(self.maker.training(step, batch) for step, batch in loader)
             try:
                 stopped = self._train(examples, order, line)

@@ -123,6 +123,7 @@ def _start_anew(store: ObjectStore, config: TrainConfig) -> None:
 def check_same_config(config: TrainConfig, theirs: dict[str, Any]) -> None:
     """Raises ConfigError for keys that decide the result and differ from those of what is being resumed."""
     mine = config.model_dump(mode="json")
+    theirs = {"order_block": 256, "order_window": 64} | theirs  # recorded before they could be chosen
     for key in mine:
         if key not in RESUMABLE and key in theirs and mine[key] != theirs[key]:
             raise ConfigError(

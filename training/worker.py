@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from starflow.cache import FileCache
 from starflow.checkpoints import Checkpoint, TrainedInfo, list_steps
 from starflow.errors import ConfigError, CorruptError, StarflowError, StoreError
 from starflow.flops import training_flops
@@ -29,6 +30,7 @@ from starflow.snapshots import Snapshot
 from training.architecture import architecture, check_data
 from training.checkpoint import Saver
 from training.conditions import Conditioner, make_conditioner
+from training.config import TrainConfig
 from training.ema import EMA
 from training.engine import Engine
 from training.examples import ExampleMaker
@@ -77,7 +79,7 @@ class Rank:
         config, flow = self.config, architecture(self.config)
         snapshot = own_snapshot(store, config)
         check_data(flow, snapshot, config.preset)
-        reader = SnapshotReader(store, snapshot, config.cache / "snapshots", config.held_out)
+        reader = open_reader(store, snapshot, config)
         device = f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else "cpu"
         with self.heart.beating():
             conditioner = make_conditioner(config, flow, reader.text, device)
@@ -162,6 +164,12 @@ class Rank:
         if self.config.sample_every is None:
             return None
         return SampleGrids(self.config, store, engine, ema, reader, conditioner)
+
+
+def open_reader(store: ObjectStore, snapshot: Snapshot, config: TrainConfig) -> SnapshotReader:
+    """The training side of the snapshot, with the cache that the configuration allows."""
+    cache = FileCache(config.cache / "snapshots", round(config.cache_gib * 2**30))
+    return SnapshotReader(store, snapshot, cache, config.held_out)
 
 
 def failure(error: Exception, attempt: Attempt, rank: int) -> Report:

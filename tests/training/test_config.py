@@ -5,6 +5,7 @@ from starflow.errors import ConfigError
 from starflow.presets import PRESETS
 from training.config import TrainConfig
 from training.recipes import RECIPES
+from training.record import check_same_config
 
 
 def test_recipe_fills_in_and_the_file_wins(tmp_path):
@@ -55,3 +56,16 @@ def test_accumulation_follows_from_one_batch_size():
 @pytest.mark.parametrize(("text", "snapshot"), [("1", "1"), ("1-ab12", "1-ab12"), ("newest", "newest")])
 def test_a_snapshot_may_be_a_number(text, snapshot):
     assert load_config(TrainConfig, None, ["store=s", "run=a", f"snapshot={text}"]).snapshot == snapshot
+
+
+def test_the_order_of_a_run_stays_and_its_cache_may_change():
+    """A run that was recorded before the order could be chosen had what is the default now."""
+    config = load_config(TrainConfig, None, ["store=s", "run=a"])
+    recorded = config.model_dump(mode="json")
+    check_same_config(config.model_copy(update={"cache_gib": 1.0}), recorded)
+    other = config.model_copy(update={"order_block": 2048})
+    earlier = {key: value for key, value in recorded.items() if not key.startswith("order_")}
+    check_same_config(config, earlier)
+    for theirs in (recorded, earlier):
+        with pytest.raises(ConfigError, match="was started with order_block=256, the config"):
+            check_same_config(other, theirs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 
@@ -113,6 +114,17 @@ def test_a_resumed_loop_sees_what_the_first_one_would_have(make_loop):
     make_loop(second, state=State(step=4), steps=6, micro_batch_size=2).run()
     assert torch.equal(torch.cat(whole.seen[4:]), torch.cat(second.seen))
     assert not torch.equal(whole.seen[0], whole.seen[1])
+
+
+def test_blocks_and_window_decide_the_order(make_loop):
+    def seen(**values):
+        engine = FakeEngine()
+        make_loop(engine, steps=2, **values).run()
+        return torch.cat(engine.seen)
+
+    default, small, narrow = seen(), seen(order_block=4), seen(order_block=4, order_window=1)
+    assert torch.equal(default, seen(order_block=256, order_window=64))
+    assert not any(torch.equal(one, other) for one, other in itertools.combinations((default, small, narrow), 2))
 
 
 def test_a_request_to_stop_saves_first(make_loop):

@@ -9,9 +9,10 @@ import pytest
 
 from starflow.cache import FileCache
 from starflow.errors import ConfigError, StoreError
+from starflow.snapshots import load_snapshot
 from training.launch import Attempt
 from training.metrics import MetricsLog
-from training.worker import failure
+from training.worker import failure, open_reader
 
 
 @pytest.fixture
@@ -45,6 +46,12 @@ def test_a_log_on_a_full_disk_is_named(attempt):
     report = failure(error.value, attempt, 0)
     assert not report.retry
     assert f"cannot write to {config.folder}: No space left" in report.reason
+
+
+def test_the_cache_is_as_large_as_configured(make_config, store, tmp_path):
+    config = make_config(cache=tmp_path, cache_gib=0.5)
+    reader = open_reader(store, load_snapshot(store), config)
+    assert (reader.cache.directory, reader.cache.limit) == (tmp_path / "snapshots", 2**29)
 
 
 def test_what_may_go_away_is_tried_again(attempt, tmp_path):
