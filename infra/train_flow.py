@@ -30,12 +30,11 @@ from infra.launch import Launch, LaunchConfig, active, logs, status, stop, submi
 from pipelines.flows import secrets_to_environment
 from pipelines.report import data_uri
 from starflow.config import load_config
-from starflow.errors import NotFoundError, StarflowError
+from starflow.errors import StarflowError
 from starflow.forms import answer_rows, fields_of, parameters_of
 from starflow.objectstore import open_store
 from training.config import TrainConfig
-from training.curves import draw_curves, run_metrics
-from training.metrics import read_metrics
+from training.curves import draw_curves
 from training.recipes import RECIPES
 from training.run_commands import describe_run
 
@@ -45,6 +44,8 @@ RECIPE_FIELDS = frozenset(key for recipe in RECIPES.values() for key in recipe)
 SAVE_SECONDS = 8.0
 #: Seconds between looks at the metrics, at machines whose log has nothing new, and between pages with new pictures.
 LOOK_EVERY, ASK_EVERY, PAGE_EVERY = 2.0, 15.0, 600.0
+#: The last bytes of the metrics in which their last line is looked for.
+TAIL_BYTES = 2**14
 #: What a store, a machine or Prefect's server out of reach raises.
 OUT_OF_REACH = (StarflowError, PrefectException, httpx.HTTPError, OSError)
 
@@ -157,21 +158,26 @@ class RunPage:
 
     def __init__(self, config: TrainConfig, where: LaunchConfig, command: str) -> None:
         self._config, self._command = config, command
-        self._local = where.on == "local"
         self._store = open_store(config.store)
-        self._shown, self._published = -1, time.monotonic()
+        # Of this machine's file while it trains here, else of the newest checkpoint.
+        of_run = (self._store, f"runs/{config.run}/metrics.jsonl")
+        self._metrics = (open_store(str(config.folder)), "metrics.jsonl") if where.on == "local" else of_run
+        self._seen, self._published = "", time.monotonic()
         first = create_progress_artifact(0.0, key="train-progress", description=f"{config.run}: starting")
         self._artifact = cast(UUID, first)
 
     def update(self) -> None:
         """Shows the newest step, if there is one that has not been shown."""
-        lines = self._metrics()
-        if not lines or lines[-1]["step"] == self._shown:
+        store, key = self._metrics
+        info = store.head(key)
+        if info is None or info.etag == self._seen:
             return
-        newest, steps = lines[-1], self._config.steps
-        self._shown = newest["step"]
-        text = f"{self._config.run}: step {self._shown} of {steps}, {newest['bits_per_dim']} bits/dim"
-        update_progress_artifact(self._artifact, min(100.0 * self._shown / steps, 100.0), description=text)
+        newest = _last_line(store.read(key, start=max(0, info.size - TAIL_BYTES)) if info.size else b"")
+        if newest:
+            step, steps = newest["step"], self._config.steps
+            text = f"{self._config.run}: step {step} of {steps}, {newest['bits_per_dim']} bits/dim"
+            update_progress_artifact(self._artifact, min(100.0 * step / steps, 100.0), description=text)
+        self._seen = info.etag
         if time.monotonic() - self._published > PAGE_EVERY:
             self.publish()
 
@@ -202,12 +208,8 @@ class RunPage:
         )
         return answer
 
-    def _metrics(self) -> list[dict[str, Any]]:
-        """Of this machine's file while it trains here, else of the newest checkpoint."""
-        if self._local:
-            file = self._config.folder / "metrics.jsonl"
-            return read_metrics(file.read_bytes()) if file.exists() else []
-        try:
-            return run_metrics(self._store, self._config.run)
-        except NotFoundError:
-            return []
+
+def _last_line(data: bytes) -> dict[str, Any]:
+    """The last whole line; {} where there is none yet."""
+    lines = data.split(b"\n")[:-1]
+    return dict(json.loads(lines[-1])) if lines else {}

@@ -24,6 +24,7 @@ from infra.launch_command import launch as launch_app
 from infra.train_flow import RECIPE_FIELDS, assignments, launch_command, plain, train
 from starflow.config import load_config
 from starflow.errors import StarflowError
+from starflow.objectstore import LocalStore
 from training.config import TrainConfig
 
 FORM = Path(__file__).with_name("train_form.json")
@@ -156,6 +157,27 @@ def test_a_cancelled_flow_stops_its_training(
 
 def test_a_flow_that_fails_leaves_its_training_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert not _Launched(monkeypatch, []).flow(monkeypatch, tmp_path, RuntimeError("of the page"))
+
+
+@pytest.mark.parametrize("on", ["local", "ssh"])
+def test_a_look_at_the_metrics_reads_only_what_is_new(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, on: Any) -> None:
+    """On this machine of the file that grows, elsewhere of the one that the newest checkpoint has brought."""
+    shown, read = list[str](), list[bytes]()
+    monkeypatch.setattr(train_flow, "create_progress_artifact", lambda *_, **__: "id")
+    monkeypatch.setattr(train_flow, "update_progress_artifact", lambda *_, description: shown.append(description))
+    real = LocalStore.read
+    monkeypatch.setattr(LocalStore, "read", lambda *given, **named: read.append(real(*given, **named)) or read[-1])
+    config = load_config(TrainConfig, None, ["run=a"], store=str(tmp_path / "store"), cache=tmp_path / "cache")
+    path = config.folder / "metrics.jsonl" if on == "local" else tmp_path / "store" / "runs" / "a" / "metrics.jsonl"
+    page = train_flow.RunPage(config, LaunchConfig(on=on), "command")
+    page.update()
+    path.parent.mkdir(parents=True)
+    for text in ("", "{}", "".join(json.dumps({"step": n, "bits_per_dim": 2.5}) + "\n" for n in range(5000)) + '{"st'):
+        path.write_text(text)
+        page.update()
+        page.update()
+    assert shown == [f"a: step 4999 of {config.steps}, 2.5 bits/dim"]
+    assert sum(map(len, read)) < 20_000
 
 
 if __name__ == "__main__":
