@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import threading
 import time
 from collections import OrderedDict
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from starflow.cache import FileCache
 from starflow.encoders import TextIdentity
-from starflow.errors import ConfigError
+from starflow.errors import ConfigError, CorruptError
 from starflow.model import FlowConfig
 from starflow.snapshots import TextStates
 from training.config import TrainConfig
@@ -85,8 +85,7 @@ class StoredText:
 
     def __init__(self, config: TrainConfig, stored: TextStates, shape: tuple[int, int]) -> None:
         self.identity: TextIdentity | None = stored.encoder
-        path = config.cache / "null-captions" / f"{stored.encoder.sha256}-{shape[0]}.npy"
-        self._null = torch.from_numpy(_null_state(path, stored.encoder, shape))
+        self._null = torch.from_numpy(_null_state(config.cache / "null-captions", stored.encoder, shape))
 
     def __call__(
         self, captions: list[str], states: NDArray[np.float16] | None, dropped: NDArray[np.bool_]
@@ -97,25 +96,30 @@ class StoredText:
         return condition, 0.0
 
 
-def _null_state(path: Path, identity: TextIdentity, shape: tuple[int, int]) -> NDArray[np.float32]:
+def _null_state(folder: Path, identity: TextIdentity, shape: tuple[int, int]) -> NDArray[np.float32]:
     """(L, E) state of the null caption, kept on disk so that later starts need not load the encoder."""
-    if path.exists():
-        return np.load(path)
-    from starflow.encoders import load_text_encoder
 
-    encoder = load_text_encoder(identity.name, shape[0])
-    if encoder.identity.sha256 != identity.sha256:
-        raise ConfigError(
-            f"the snapshot's text states are from {identity.name} with weights {identity.sha256[:12]}, "
-            f"{identity.name} here has {encoder.identity.sha256[:12]}; use the snapshot's version"
-        )
-    state = encoder.encode([""])[0].float().cpu().numpy()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}~")
-    with unfinished.open("wb") as file:
-        np.save(file, state)
-    unfinished.replace(path)
-    return state
+    def encode(path: Path) -> None:
+        from starflow.encoders import load_text_encoder
+
+        encoder = load_text_encoder(identity.name, shape[0])
+        if encoder.identity.sha256 != identity.sha256:
+            raise ConfigError(
+                f"the snapshot's text states are from {identity.name} with weights {identity.sha256[:12]}, "
+                f"{identity.name} here has {encoder.identity.sha256[:12]}; use the snapshot's version"
+            )
+        with path.open("wb") as file:
+            np.save(file, encoder.encode([""])[0].float().cpu().numpy())
+
+    return FileCache(folder).read(f"{identity.sha256}-{shape[0]}.npy", encode, _load_array)
+
+
+def _load_array(file: BinaryIO) -> NDArray[np.float32]:
+    try:
+        array: NDArray[np.float32] = np.load(file)
+    except (EOFError, ValueError) as error:
+        raise CorruptError(f"{file.name} is corrupt: {error}; delete it") from error
+    return array
 
 
 class EncodedText:

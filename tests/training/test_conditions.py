@@ -47,6 +47,19 @@ def test_captions_are_encoded_once_and_dropped_ones_are_null(encoder):
         EncodedText("counting", (2, 4), "cpu")
 
 
+@pytest.mark.parametrize("left", [b"", bytes(200)])
+def test_the_null_state_is_kept_and_made_again_after_a_loss_of_power(encoder, tmp_path, left):
+    def null():
+        return conditions._null_state(tmp_path, encoder.identity, (2, 3))
+
+    assert np.array_equal(null(), null())
+    assert encoder.encoded == 1
+    file = next(tmp_path.glob("*.npy"))
+    file.write_bytes(left)
+    assert null().shape == (2, 3)
+    assert encoder.encoded == 2
+
+
 def test_training_and_validation_ask_at_the_same_time(encoder, monkeypatch):
     monkeypatch.setattr(conditions, "REMEMBERED_CAPTIONS", 2)
     interval = sys.getswitchinterval()
