@@ -197,8 +197,10 @@ def stop(launch: Launch, seconds: float = 60.0) -> dict[str, Any]:
 
     The request is in the store, too: machines that cannot be asked from here leave when they see it. May be repeated.
     """
-    open_store(launch.store).write(stop_key(launch.run, launch.id), b"")
-    _end(launch, force=False)
+    try:
+        open_store(launch.store).write(stop_key(launch.run, launch.id), b"")
+    finally:  # those that can be asked from here leave also while the store is away
+        _end(launch, force=False)
     if not _wait_until_ended(launch, seconds):
         _end(launch, force=True)
         _wait_until_ended(launch, KILL_SECONDS)

@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from infra.launch import Launch
+from infra.launch.api import stop
 from infra.launch.hosts import LocalLauncher, SshLauncher
 from infra.processes import wait_until
 from starflow.errors import ConfigError, StarflowError
@@ -144,6 +145,19 @@ def test_a_host_that_cannot_be_reached_keeps_none_from_stopping(make_launch: Mak
         launcher.stop(launch, force=False)
         assert wait_until(lambda: states(launcher, launch) == ["unknown", "ended"], seconds=30)
         assert "no route" in launcher.nodes(launch)[0].detail
+    finally:
+        launcher.stop(launch, force=True)
+
+
+def test_machines_are_asked_to_leave_also_while_the_store_is_away(make_launch: Make, tmp_path: Path) -> None:
+    (tmp_path / "away").touch()
+    launch = make_launch(*SUPERVISOR, on="local").model_copy(update={"store": str(tmp_path / "away")})
+    launcher = LocalLauncher(launch.launch)
+    launch = submitted(launcher, launch)
+    try:
+        with pytest.raises(StarflowError, match="away"):
+            stop(launch)
+        assert wait_until(lambda: set(states(launcher, launch)) == {"ended"}, seconds=30)
     finally:
         launcher.stop(launch, force=True)
 
