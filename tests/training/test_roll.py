@@ -53,7 +53,7 @@ def test_a_machine_is_there_until_it_falls_silent_or_leaves(tmp_path, clock):
 def test_a_store_that_is_away_longer_than_the_lease_ends_nothing(s3_url, monkeypatch, clock, mode):
     with FaultyS3(os.environ["AWS_ENDPOINT_URL"]) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
-        store = open_store(s3_url, patience=0.3)
+        store = open_store(s3_url, patience=1.5)
         mine, other = roll(store, 0), roll(store, 1)
         lease = Lease(store, "r", "elsewhere:1:1", SECONDS)
         lease.acquire()
