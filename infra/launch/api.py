@@ -33,6 +33,8 @@ from training.processes import describe, identity
 
 #: Seconds between looks at machines that were asked to stop; until killed ones are gone; to hand a launch over.
 LOOK_EVERY, KILL_SECONDS, SUBMIT_SECONDS = 0.25, 10.0, 90.0
+#: Seconds for which a request to stop waits for a store that does not answer, before machines are asked themselves.
+REQUEST_SECONDS = 3.0
 
 
 class AlreadyLaunchedError(StarflowError):
@@ -196,14 +198,15 @@ def stop(launch: Launch, seconds: float = 60.0) -> dict[str, Any]:
     """Asks every machine to save and leave for good; ends those that have not after `seconds`. Returns the status.
 
     The request is in the store, too: machines that cannot be asked from here leave when they see it. May be repeated.
+    Raises StoreError when the store did not take it, after the machines that can be asked from here have left.
     """
     try:
-        open_store(launch.store).write(stop_key(launch.run, launch.id), b"")
-    finally:  # those that can be asked from here leave also while the store is away
+        open_store(launch.store, patience=REQUEST_SECONDS).write(stop_key(launch.run, launch.id), b"")
+    finally:
         _end(launch, force=False)
-    if not _wait_until_ended(launch, seconds):
-        _end(launch, force=True)
-        _wait_until_ended(launch, KILL_SECONDS)
+        if not _wait_until_ended(launch, seconds):
+            _end(launch, force=True)
+            _wait_until_ended(launch, KILL_SECONDS)
     return status(launch)
 
 

@@ -27,6 +27,8 @@ SUPERVISOR = (
     "trap 'echo saved; exit 75' TERM; echo machine $STARFLOW_NODE_RANK of $STARFLOW_NODES key $AWS_SECRET_ACCESS_KEY;"
     " while true; do sleep 0.05; done",
 )
+#: And one that does not listen.
+DEAF = ("bash", "-c", "trap '' TERM; echo deaf; while true; do sleep 0.05; done")
 Make = Callable[..., Launch]
 
 
@@ -149,15 +151,20 @@ def test_a_host_that_cannot_be_reached_keeps_none_from_stopping(make_launch: Mak
         launcher.stop(launch, force=True)
 
 
-def test_machines_are_asked_to_leave_also_while_the_store_is_away(make_launch: Make, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("command", "seconds", "said"), [(SUPERVISOR, 60, "saved"), (DEAF, 0, "deaf")])
+def test_machines_leave_also_while_the_store_is_away(
+    make_launch: Make, tmp_path: Path, command: tuple[str, ...], seconds: float, said: str
+) -> None:
     (tmp_path / "away").touch()
-    launch = make_launch(*SUPERVISOR, on="local").model_copy(update={"store": str(tmp_path / "away")})
+    launch = make_launch(*command, on="local").model_copy(update={"store": str(tmp_path / "away")})
     launcher = LocalLauncher(launch.launch)
     launch = submitted(launcher, launch)
     try:
+        assert wait_until(lambda: any(launcher.logs(launch, 0, False)), seconds=30)
         with pytest.raises(StarflowError, match="away"):
-            stop(launch)
-        assert wait_until(lambda: set(states(launcher, launch)) == {"ended"}, seconds=30)
+            stop(launch, seconds)
+        assert states(launcher, launch) == ["ended"]
+        assert said in "\n".join(launcher.logs(launch, 0, False))
     finally:
         launcher.stop(launch, force=True)
 
