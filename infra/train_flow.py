@@ -12,7 +12,7 @@ import time
 from asyncio import CancelledError
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 from uuid import UUID
 
 import httpx
@@ -30,7 +30,7 @@ from infra.launch import Launch, LaunchConfig, active, logs, status, stop, submi
 from pipelines.flows import secrets_to_environment
 from pipelines.report import data_uri
 from starflow.config import load_config
-from starflow.errors import StarflowError
+from starflow.errors import StarflowError, UnavailableError
 from starflow.forms import answer_rows, fields_of, parameters_of
 from starflow.objectstore import open_store
 from training.config import TrainConfig
@@ -46,8 +46,8 @@ SAVE_SECONDS = 8.0
 LOOK_EVERY, ASK_EVERY, PAGE_EVERY = 2.0, 15.0, 600.0
 #: The last bytes of the metrics in which their last line is looked for.
 TAIL_BYTES = 2**14
-#: What a store, a machine or Prefect's server out of reach raises.
-OUT_OF_REACH = (StarflowError, PrefectException, httpx.HTTPError, OSError)
+#: What a store or Prefect's server out of reach raises.
+OUT_OF_REACH = (UnavailableError, PrefectException, httpx.HTTPError, OSError)
 
 T = TypeVar("T")
 
@@ -73,8 +73,8 @@ def train(**parameters: Any) -> dict[str, Any]:
     try:
         end = follow(launch, page.update)
     except (TerminationSignal, KeyboardInterrupt, CancelledError):  # cancelled; an error ends only what follows
-        stop(launch, SAVE_SECONDS)
-        _unless_out_of_reach(page.publish)
+        _Attempt(lambda: stop(launch, SAVE_SECONDS))()
+        _Attempt(page.publish)()
         raise
     answer = page.publish()
     if end["state"] == "completed":
@@ -112,8 +112,10 @@ def launch_command(settings: dict[str, Any], where: LaunchConfig) -> str:
 def follow(launch: Launch, update: Callable[[], None]) -> dict[str, Any]:
     """Copies the log of the first machine into the run's log until all have ended; returns the launch's status.
 
-    Goes on when the store, the machines or Prefect's server are out of reach for a while, as the training does.
+    Goes on when the store, the machines or Prefect's server are out of reach for a while, as the training does, and
+    when the page cannot be shown. Raises StarflowError when the run cannot be read any more.
     """
+    show, ask = _Attempt(update), _Attempt(lambda: status(launch), OUT_OF_REACH)
     log, lines = get_run_logger(), queue.Queue[str | None]()
     threading.Thread(target=_read_log, args=(launch, lines), daemon=True).start()
     reading, asked = True, time.monotonic()
@@ -121,7 +123,7 @@ def follow(launch: Launch, update: Callable[[], None]) -> dict[str, Any]:
         try:
             line = lines.get(timeout=LOOK_EVERY)
         except queue.Empty:
-            _unless_out_of_reach(update)
+            show()
             if time.monotonic() - asked < ASK_EVERY and reading:
                 continue
         else:
@@ -129,18 +131,28 @@ def follow(launch: Launch, update: Callable[[], None]) -> dict[str, Any]:
             if line is not None:
                 log.info(line)
                 continue
-        asked, now = time.monotonic(), _unless_out_of_reach(lambda: status(launch))
+        asked, now = time.monotonic(), ask()
         if now and not now["alive"]:
-            _unless_out_of_reach(update)
+            show()
             return now
 
 
-def _unless_out_of_reach(ask: Callable[[], T]) -> T | None:
-    try:
-        return ask()
-    except OUT_OF_REACH as error:
-        get_run_logger().warning("cannot show all there is, trying again: %s", error)
-        return None
+class _Attempt(Generic[T]):
+    """Calls what may fail for a while: None then, and a warning at the first failure in a row."""
+
+    def __init__(self, call: Callable[[], T], errors: tuple[type[Exception], ...] = (StarflowError, *OUT_OF_REACH)):
+        self._call, self._errors, self._failed = call, errors, False
+
+    def __call__(self) -> T | None:
+        try:
+            answer = self._call()
+        except self._errors as error:
+            if not self._failed:
+                get_run_logger().warning("going on all the same: %s", error)
+            self._failed = True
+            return None
+        self._failed = False
+        return answer
 
 
 def _read_log(launch: Launch, lines: queue.Queue[str | None]) -> None:

@@ -23,7 +23,7 @@ from infra.launch import LaunchConfig
 from infra.launch_command import launch as launch_app
 from infra.train_flow import RECIPE_FIELDS, assignments, launch_command, plain, train
 from starflow.config import load_config
-from starflow.errors import StarflowError
+from starflow.errors import NotFoundError, StarflowError, UnavailableError
 from starflow.objectstore import LocalStore
 from training.config import TrainConfig
 
@@ -97,9 +97,14 @@ class _Launched:
         return self.end | {"alive": self.asked < 3}
 
     def flow(self, monkeypatch: pytest.MonkeyPatch, folder: Path, error: BaseException) -> list[Any]:
-        """Runs the flow, which `error` ends while it follows the launch; what it stopped."""
+        """Runs the flow, which `error` ends while it follows the launch and the store is away; what it stopped."""
         stopped: list[Any] = []
-        monkeypatch.setattr(train_flow, "stop", lambda launch, seconds: stopped.append(launch))
+
+        def stop(launch: Any, seconds: float) -> None:
+            stopped.append(launch)
+            raise UnavailableError("no answer to the request to stop")
+
+        monkeypatch.setattr(train_flow, "stop", stop)
         monkeypatch.setattr(train_flow, "active", lambda store, run: types.SimpleNamespace(submitted="now"))
         monkeypatch.setattr(train_flow, "secrets_to_environment", lambda: None)
         monkeypatch.setattr(train_flow, "create_progress_artifact", lambda *_, **__: "id")
@@ -133,26 +138,43 @@ def test_a_log_out_of_reach_ends_no_training(monkeypatch: pytest.MonkeyPatch) ->
     assert launched.logged == ["the log cannot be followed: no such machine"]
 
 
-def test_a_store_or_a_server_out_of_reach_ends_no_training(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("away", [UnavailableError("nobody answers"), httpx.ConnectError("nobody answers")])
+def test_a_store_or_a_server_out_of_reach_ends_no_training(monkeypatch: pytest.MonkeyPatch, away: Exception) -> None:
+    """And is told of once as long as it lasts."""
     launched = _Launched(monkeypatch, [], state="completed")
-    errors: list[Exception] = [StarflowError("the store is out"), httpx.ConnectError("the server is out")] * 2
+    page: list[Exception | None] = [None, StarflowError("a damaged checkpoint"), None, *2 * [away]]
     status = launched.status
 
     def ask(launch: Any) -> dict[str, Any]:
         answer = status(launch)
-        return _raise(StarflowError("nobody answers")) if launched.asked == 1 else answer
+        return _raise(away) if launched.asked < 3 else answer
 
+    def update() -> None:
+        if page and (error := page.pop()):
+            raise error
+
+    monkeypatch.setattr(train_flow, "ASK_EVERY", 0.0)
     monkeypatch.setattr(train_flow, "status", ask)
-    end = train_flow.follow(cast(Any, launched), lambda: _raise(errors.pop()) if errors else None)
+    launched.asked = -3
+    end = train_flow.follow(cast(Any, launched), update)
     assert (end["state"], launched.asked) == ("completed", 3)
-    assert all(any(cause in line for line in launched.logged) for cause in ("the server is out", "nobody answers"))
+    assert [line.rpartition(": ")[2] for line in launched.logged] == [*2 * ["nobody answers"], "a damaged checkpoint"]
+
+
+def test_a_run_that_cannot_be_read_any_more_is_followed_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched = _Launched(monkeypatch, [])
+    monkeypatch.setattr(train_flow, "status", lambda launch: _raise(NotFoundError("the run is gone")))
+    with pytest.raises(NotFoundError, match="gone"):
+        train_flow.follow(cast(Any, launched), lambda: None)
 
 
 @pytest.mark.parametrize("error", [TerminationSignal(signal=15), KeyboardInterrupt(), CancelledError()])
 def test_a_cancelled_flow_stops_its_training(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: BaseException
 ) -> None:
-    assert len(_Launched(monkeypatch, []).flow(monkeypatch, tmp_path, error)) == 1
+    launched = _Launched(monkeypatch, [])
+    assert len(launched.flow(monkeypatch, tmp_path, error)) == 1
+    assert any("no answer to the request to stop" in line for line in launched.logged)
 
 
 def test_a_flow_that_fails_leaves_its_training_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
