@@ -146,7 +146,7 @@ class EndpointCaptioner:
         answers = list(self._pool.map(self._answer, images, alts))
         refused = any(isinstance(answer, RefusedError) for answer in answers)
         if refused and not self._works:  # nothing has gone through yet: would a picture of ours?
-            self._answer(Image.new("RGB", (64, 64), "grey"), "")
+            self._answer(Image.new("RGB", (MAX_SIDE, MAX_SIDE), "grey"), "")
         if self._works:
             return answers
         return [CaptionError(str(each)) if isinstance(each, RefusedError) else each for each in answers]

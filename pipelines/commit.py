@@ -27,7 +27,7 @@ from starflow.snapshots import Part, Snapshot
 from starflow.urls import host_of
 
 #: Reasons that speak of our network or crawler, not of the URL.
-_OURS = frozenset(("dns", "connection", "timeout", "robots_unavailable", "crawl_lost", "batch_time_limit"))
+_OURS = frozenset(("dns", "connection", "timeout", "crawl_lost", "batch_time_limit"))
 #: When so many hosts that were never asked before all fail so, it is our network, and not a dead host or two.
 _HOSTS = 3
 _KEPT_ROWS = 2**20
@@ -62,6 +62,8 @@ def publish_snapshot(state: RefreshState) -> dict[str, Any]:
         state.ledger.discard(ledger_files, kept)
         state.workspace.delete()
         raise
+    if state.published is not None and state.published != state.parent:
+        _announce(state, state.published)
     snapshot = state.published.id if state.published else None
     state.ledger.commit(snapshot, ledger_files, kept)
     return {"added": added, "snapshot": snapshot, "dropped": state.dropped, "removed": _removed(state)}
@@ -117,8 +119,14 @@ def finish_published(state: RefreshState) -> None:
     state.plans = state.plans[: int(snapshot.versions["plans"])]
     files, kept, dropped = _write_ledger(state, state.left())
     state.recovered, state.dropped = state.name, dict(sorted(dropped.items()))
+    _announce(state, snapshot)
     state.ledger.commit(snapshot.id, files, kept)
     state.open()
+
+
+def _announce(state: RefreshState, snapshot: Snapshot) -> None:
+    """Before the ledger's commit: who is killed in between says it once more, rather than never."""
+    state.on_event({"event": "published", "snapshot": snapshot})
 
 
 def _publish(state: RefreshState, parts: list[Part], left: pa.Table) -> Snapshot:

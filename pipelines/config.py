@@ -251,7 +251,11 @@ class RefreshConfig(CaptionConfig, CrawlConfig):
         le=1,
     )
     gate_caption_rate: float = Field(
-        0.3, title="Gate: captions", description="Largest share of captions that are empty or repeated.", ge=0, le=1
+        0.3,
+        title="Gate: captions",
+        description="Largest share of captions that are empty, refused or repeated.",
+        ge=0,
+        le=1,
     )
     gate_removal_rate: float = Field(
         0.1,

@@ -27,12 +27,12 @@ import pyarrow.parquet as pq
 from pipelines.guard import FetchPolicy
 from starflow.config import Config
 from starflow.errors import StarflowError
-from starflow.urls import host_of
+from starflow.urls import host_of, site_of
 
 #: What a site says about its content, as opposed to a failure: recorded as an opt-out, never asked again.
 OPT_OUT_REASONS = frozenset(("x_robots_tag", "tdm_reservation", "robots_txt"))
 #: Why a URL was not asked for at all, or not to its end; that says nothing about it and counts as no attempt.
-UNASKED = frozenset(("batch_time_limit", "crawl_lost", "host_busy"))
+UNASKED = frozenset(("batch_time_limit", "crawl_lost", "host_busy", "robots_unavailable"))
 
 #: One row per URL; `shard`, `offset` and `size` say where its original bytes lie.
 OUTCOME = pa.schema(
@@ -136,7 +136,7 @@ def _split(urls: pa.Table, policy: FetchPolicy, processes: int) -> list[np.ndarr
     rows of the operator's own hosts, which have no limit, are dealt evenly."""
     own = _own_hosts(policy)
     hosts = [host_of(url) for url in urls["url"].to_pylist()]
-    owners = np.array([row if host in own else zlib.crc32(host.encode()) for row, host in enumerate(hosts)])
+    owners = np.array([row if host in own else zlib.crc32(site_of(host).encode()) for row, host in enumerate(hosts)])
     shards = [np.flatnonzero(owners % processes == index) for index in range(processes)]
     return [rows for rows in shards if len(rows)]
 

@@ -32,7 +32,7 @@ from pipelines.guard import FetchError, FetchPolicy, get
 from pipelines.inspection import Inspection, InspectionError, inspect_image
 from pipelines.robots import opted_out
 from pipelines.sites import Sites
-from starflow.urls import host_of
+from starflow.urls import host_of, site_of
 
 # img2dataset imports these only if they are there, and only for what is not used here: without them each
 # of its processes starts in half the time.
@@ -110,7 +110,7 @@ class GuardedDownloader(Downloader):
         validators = list(zip(shard["etag"].to_pylist(), shard["last_modified"].to_pylist(), strict=True))
         rows = shard["row"].to_pylist()
         sites = _sites(self.policy, self.job.rules_cache, self.job.processes)
-        sites.assigned.update(map(host_of, shard["url"].to_pylist()))
+        sites.assigned.update(site_of(host_of(url)) for url in shard["url"].to_pylist())
 
         def download(sample: tuple[int, str], **_: Any) -> tuple[int, _Body | None, str | None]:
             key, url = sample

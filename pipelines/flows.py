@@ -46,7 +46,7 @@ from pipelines.refresh import STAGES, RefreshResult, Stage, result, run_stage
 from pipelines.report import data_uri, difference, drops_table, newest_pictures
 from pipelines.state import RefreshState
 from pipelines.workfolder import work_folder
-from starflow.encoders import EncoderError
+from starflow.errors import StarflowError
 from starflow.forms import answer_rows, fields_of, parameters_of
 from starflow.objectstore import ObjectStore, open_store
 from starflow.snapshots import Snapshot, load_snapshot
@@ -163,15 +163,18 @@ def refresh_once(config: RefreshConfig) -> Answer:
     page = RunPage("refresh", [stage.name for stage in STAGES])
     counts: dict[str, dict[str, Any]] = {}
     with work_folder() as work:
-        state = RefreshState(config, work, page.on_event, batch_task)
+
+        def on_event(event: dict[str, Any]) -> None:
+            if event["event"] == "published":
+                announce(state.store, event["snapshot"])
+            else:
+                page.on_event(event)
 
         def run(stage: Stage) -> None:
             counts[stage.name] = stage_task.with_options(name=stage.name, task_run_name=stage.name)(state, stage)
 
-        plan, *before, publish = STAGES
-        run(plan)
-        if state.recovered and state.parent:  # whoever published it was killed before saying so
-            announce(state.store, state.parent)
+        state = RefreshState(config, work, on_event, batch_task)
+        *before, publish = STAGES
         for stage in before:
             run(stage)
         number = state.name if state.plans else state.recovered or state.name
@@ -180,8 +183,6 @@ def refresh_once(config: RefreshConfig) -> Answer:
         run(publish)
         answer = result(state)
     snapshot = load_snapshot(state.store, answer.snapshot)
-    if answer.snapshot != (state.parent.id if state.parent else None):
-        announce(state.store, snapshot)
     page.finish()
     report(state.store, snapshot, answer, number)
     return answer.model_dump()
@@ -328,7 +329,7 @@ def show_pictures(store: ObjectStore, snapshot: Snapshot, key: str, what: str) -
     """
     try:
         picture = newest_pictures(store, snapshot, PICTURES)
-    except (EncoderError, OSError) as error:
+    except (StarflowError, OSError, RuntimeError) as error:  # the last: a GPU that has no memory left
         create_markdown_artifact(f"No pictures can be shown: {error}", key=key, description=what)
         return
     if picture is None:

@@ -42,7 +42,7 @@ def _literal(path: str) -> str:
 
 def _matches(pattern: str, path: str) -> bool:
     anchored = pattern.endswith("$")
-    pieces = (pattern[:-1] if anchored else pattern).split("*")
+    pieces = (pattern[:-1] if anchored else pattern).replace("$", "%24").split("*")
     if not path.startswith(pieces[0]):
         return False
     position = len(pieces[0])

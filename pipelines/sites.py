@@ -17,11 +17,14 @@ from urllib.parse import urlsplit
 
 from pipelines.guard import FetchError, FetchPolicy, get
 from pipelines.robots import ROBOTS_BYTES, Rules, parse_robots, parse_tdm, tdm_reserved
+from starflow.urls import site_of
 
 #: How long rules are kept (RFC 9309, section 2.4: at most a day), in seconds.
 RULES_SECONDS = 86400
 #: How long it is kept that they could not be read; by one process alone.
 FAILURE_SECONDS = 300
+#: A turn at a host that this process is not assigned is not waited for longer.
+STRANGER_SECONDS = 60.0
 #: A host that asks us to wait for longer is asked for nothing more meanwhile; its URLs are for a later try.
 BUSY_SECONDS = 5.0
 
@@ -55,21 +58,26 @@ class _Turns:
         self.lock = threading.Lock()
         self.next_start = self.busy_until = 0.0
 
-    def wait(self, interval: float) -> None:
-        """Waits until `interval` seconds after the turn before. Raises FetchError, perhaps after a while, when the
-        host has asked us to wait for longer than is worth a thread."""
-        with self.lock:
-            self._check_busy()
-            start = max(time.monotonic(), self.next_start)
-            self.next_start = start + interval
-        while (left := max(start, self.busy_until) - time.monotonic()) > 0:
-            self._check_busy()
-            time.sleep(left)
+    def wait(self, interval: float, patience: float) -> None:
+        """Waits until `interval` seconds after the turn before. Raises FetchError, perhaps after a while, when that is
+        longer than `patience`, or when the host has asked us to wait for longer than is worth a thread."""
+        while True:
+            with self.lock:
+                self._check_busy()
+                now = time.monotonic()
+                start = max(now, self.next_start, self.busy_until)
+                if start - now > patience:
+                    raise _busy(start - now)
+                self.next_start = start + interval
+            time.sleep(start - now)
+            if self.busy_until <= start:
+                return
+            # Meanwhile the host has asked us to wait: the turns after that are given anew, one after the other.
 
     def _check_busy(self) -> None:
         left = self.busy_until - time.monotonic()
         if left > BUSY_SECONDS:
-            raise FetchError("host_busy", transient=True, retry_after=left)
+            raise _busy(left)
 
     def heed(self, error: FetchError) -> None:
         """Keeps the wait that a host asks for when it has too much to do."""
@@ -77,10 +85,14 @@ class _Turns:
             self.busy_until = max(self.busy_until, time.monotonic() + error.retry_after)
 
 
+def _busy(seconds: float) -> FetchError:
+    return FetchError("host_busy", transient=True, retry_after=seconds)
+
+
 class Sites:
     """Rules and turns per site, shared by the threads of a process; rules also by processes, through `cache`.
 
-    Of `processes`, this one asks for the URLs of the hosts that it is `assigned`. To others it may be led by redirects,
+    Of `processes`, this one asks for the URLs of the sites that it is `assigned`. To others it may be led by redirects,
     as may all processes: then it takes its share of what the host is asked.
     """
 
@@ -104,14 +116,16 @@ class Sites:
         if self.policy.trusts(host, parts.port or (443 if parts.scheme == "https" else 80)):
             yield
             return
-        share = 1 if host in self.assigned else self.processes
+        is_ours = site_of(host) in self.assigned
+        share = 1 if is_ours else self.processes
         rate = self.policy.host_rate
         # setdefault, and not a defaultdict: two threads must not make two.
         turns = self._turns.get(host) or self._turns.setdefault(
             host, _Turns(max(1, self.policy.host_concurrency // share))
         )
         with turns.slots:
-            turns.wait(share * max(1 / rate if rate else 0.0, rules.robots.delay))
+            interval = share * max(1 / rate if rate else 0.0, rules.robots.delay)
+            turns.wait(interval, math.inf if is_ours else STRANGER_SECONDS)
             try:
                 yield
             except FetchError as error:
@@ -152,18 +166,19 @@ class Sites:
 
     def _ask(self, origin: str) -> dict[str, Any]:
         return {
-            "robots": self._text(f"{origin}/robots.txt", cut=True) if self.policy.robots else "",
-            "tdm": self._text(f"{origin}/.well-known/tdmrep.json") if self.policy.tdm else "",
+            "robots": self._text(f"{origin}/robots.txt") if self.policy.robots else "",
+            "tdm": self._text(f"{origin}/.well-known/tdmrep.json", "content_encoding") if self.policy.tdm else "",
         }
 
-    def _text(self, url: str, cut: bool = False) -> str:
-        """A file of rules; "" when the site has none (RFC 9309, 2.3.1.2 and 2.3.1.3), which allows everything."""
+    def _text(self, url: str, *harmless: str) -> str:
+        """A file of rules, or its beginning; "" when the site has none (RFC 9309, 2.3.1.2 and 2.3.1.3), which allows
+        everything, or when it cannot be read for a `harmless` reason."""
         policy = self.policy.model_copy(update={"max_bytes": ROBOTS_BYTES})
         try:
-            return get(url, policy, cut=cut).body.decode("utf-8", "replace")
+            return get(url, policy, cut=True).body.decode("utf-8", "replace")
         except FetchError as error:
             missing = 400 <= error.status < 500 and not error.transient
-            if missing or error.reason in ("redirects", "http_204"):
+            if missing or error.reason in ("redirects", "http_204", *harmless):
                 return ""
             raise
 

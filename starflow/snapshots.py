@@ -203,8 +203,8 @@ def _check_parts(parent: Snapshot | None, parts: Sequence[Part], image_size: int
 
 def _check_present(store: ObjectStore, parent: Snapshot | None, parts: Sequence[Part]) -> None:
     """What was written long before it is published, say before a gate opened, may have been collected as garbage."""
-    old = {part.id: part for part in parent.parts} if parent else {}
-    new = [part for part in parts if part != old.get(part.id)]
+    old = {key for part in parent.parts for key in _tables(part)} if parent else set()
+    new = [part for part in parts if not old.issuperset(_tables(part))]  # another weight is nothing new
     with ThreadPoolExecutor(_THREADS) as pool:
         gone = [key for keys in pool.map(lambda part: _missing(store, part), new) for key in keys]
     if gone:
@@ -212,6 +212,11 @@ def _check_present(store: ObjectStore, parent: Snapshot | None, parts: Sequence[
             f"{len(gone)} objects of what was to be published are gone from {store.url}, such as {gone[0]}: garbage "
             "collection takes what nobody has published for long; run the same command again, which makes them anew"
         )
+
+
+def _tables(part: Part) -> list[str]:
+    """The tables of a part and of its caption layers: a part's or a layer's objects all stand or fall with them."""
+    return [part.index.key, part.samples.key, *(layer.captions.key for layer in part.captions)]
 
 
 def _missing(store: ObjectStore, part: Part) -> list[str]:

@@ -147,7 +147,7 @@ def collect_garbage(
     Snapshots go when they are older than the newest `keep` (None: all stay), or hold parts that a later takedown
     withdrew; the newest always stays. Withdrawn parts go at once, and unreferenced ones with a sample that was taken
     down, and the `hopeless`. Other unreferenced objects may belong to work in progress: they go when a run
-    `grace_hours` ago (longer than any refresh or re-captioning takes) has seen them unreferenced already.
+    `grace_hours` ago (longer than a refresh takes, its gate included) has seen them unreferenced already.
 
     Killed at any moment, the same call again ends the same: what goes is recorded before the first deletion.
     """

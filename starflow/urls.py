@@ -51,6 +51,11 @@ def host_name(host: str) -> str:
         raise ValueError(f"host {host!r} is not a valid name") from error
 
 
+def site_of(host: str) -> str:
+    """The host without ``www.``: the two commonly redirect to each other."""
+    return host.removeprefix("www.")
+
+
 def host_alone(text: str) -> str:
     """`host_name` of what a person wrote. Raises ValueError for what is no host alone, such as a URL or a wildcard."""
     hosts = {host_of(f"http://{text}/"), host_of(f"http://[{text}]/")} - {""}

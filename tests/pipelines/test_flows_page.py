@@ -10,7 +10,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines import flows
-from pipelines.ledger import Ledger
 from pipelines.state import at_once
 from starflow.encoders import EncoderError
 from tests.pipelines.fake_crawl import Bench, png, url
@@ -46,14 +45,14 @@ def page(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 def test_what_a_killed_refresh_had_published_is_announced(
     bench: Bench, page: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It died between its snapshot and its ledger; the next run finds nothing new."""
+    """It died after its snapshot, before it said so; the next run finds nothing new."""
     config = bench.config(bench.write_list({url(0): png(0), url("gone"): ("failed", "http_404")}))
 
     def killed(*_: Any, **__: Any) -> None:
         raise KilledError
 
     with monkeypatch.context() as patch:
-        patch.setattr(Ledger, "commit", killed)
+        patch.setattr(flows, "emit_event", killed)
         with pytest.raises(KilledError):
             flows.refresh_once(config)
     assert page["events"] == []

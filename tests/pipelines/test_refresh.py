@@ -92,7 +92,7 @@ def test_failures_are_retried_when_due_later_each_time_and_given_up_in_the_end(b
     assert bench.web.requests[url(0)] == 1
 
 
-@pytest.mark.parametrize("reason", ["batch_time_limit", "crawl_lost", "host_busy"])
+@pytest.mark.parametrize("reason", ["batch_time_limit", "crawl_lost", "host_busy", "robots_unavailable"])
 def test_urls_that_were_never_asked_for_are_never_given_up(bench: Bench, reason: str) -> None:
     down: list[Answer] = [("retry", "http_500"), *[("retry", reason)] * 6, png(1)]
     listed = bench.write_list({url(0): png(0), url(1): down})

@@ -67,6 +67,14 @@ def test_all_spellings_of_a_path_match(pattern: str, path: str) -> None:
     assert tdm_reserved(tdm, f"http://a.example{path}")
 
 
+@pytest.mark.parametrize(
+    ("path", "allowed"), [("/cgi$bin/a", False), ("/x$print/y", False), ("/end", False), ("/ends", True)]
+)
+def test_a_dollar_means_the_end_only_at_the_end(path: str, allowed: bool) -> None:
+    rules = parse_robots("User-agent: *\nDisallow: /cgi$bin/\nDisallow: /*$print\nDisallow: /end$", "starflow")
+    assert rules.allows(f"http://a.example{path}") == allowed
+
+
 def test_an_escaped_slash_is_no_slash() -> None:
     assert parse_robots("User-agent: *\nDisallow: /a/b", "starflow").allows("http://a.example/a%2Fb")
 

@@ -190,7 +190,7 @@ def test_a_host_that_asks_us_to_wait_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_urls_that_wait_for_their_turn_hear_of_it(tmp_path: Path) -> None:
-    sites = rules(tmp_path, POLICY.model_copy(update={"host_rate": 5.0}))
+    sites = rules(tmp_path, POLICY.model_copy(update={"host_rate": 0.5}))
     ask(sites, "http://a.example/0")
     heard = []
 
@@ -215,10 +215,36 @@ def test_a_short_wait_is_waited_for(tmp_path: Path) -> None:
     assert time.monotonic() - started > 0.15
 
 
+def test_after_a_short_wait_the_rate_holds(tmp_path: Path) -> None:
+    sites = rules(tmp_path, robots="User-agent: *\nCrawl-delay: 0.2")
+    ask(sites, "http://a.example/0")
+    sites._turns["a.example"].busy_until = time.monotonic() + 0.5
+    assert run_turns(sites, "http://a.example/x", 3)[1] >= 0.5 + 2 * 0.2
+
+
+def test_a_turn_at_a_host_of_another_process_is_not_waited_for_long(tmp_path: Path) -> None:
+    sites = rules(tmp_path, POLICY.model_copy(update={"host_rate": 0.1}))
+    sites.processes = 8
+    ask(sites, "http://b.example/1")
+    with pytest.raises(FetchError, match="host_busy") as caught:
+        ask(sites, "http://b.example/2")
+    assert 60 < (caught.value.retry_after or 0) <= 80
+
+
+@pytest.mark.parametrize(
+    "answer", [response(b"[" + b"1," * 300_000 + b"1]"), response(b"x", "Content-Encoding: br")], ids=["long", "br"]
+)
+def test_a_page_that_is_no_tdm_file_reserves_nothing(tmp_path: Path, answer: bytes) -> None:
+    with serving(answer) as (place, _):
+        policy = POLICY.model_copy(update={"allow_host": ("127.0.0.1",), "robots": False})
+        ask(Sites(policy, tmp_path), f"http://{place}/x")
+
+
 def test_a_host_met_only_by_redirect_is_shared_with_other_processes(tmp_path: Path) -> None:
     sites = rules(tmp_path)
     sites.processes, sites.assigned = 2, {"a.example"}
-    assert run_turns(sites, "http://a.example/x", 4)[0] == 2
+    with sites.visit("http://www.a.example/x"), sites.visit("http://www.a.example/x"):
+        pass  # two slots; with one, this would hang
     most, seconds = run_turns(sites, "http://b.example/x", 4)
     assert most == 1
     assert seconds >= 3 * 2 / 50
