@@ -54,12 +54,11 @@ class Lease:
         self.store, self.run, self.owner, self.seconds = store, run, owner, seconds
         self.key = f"runs/{run}/{name}.json"
         self._silence, self._lock = Silence(seconds), threading.Lock()
-        self._longest = seconds
 
     @property
     def patience(self) -> float:
         """Seconds for which to wait for the lease: twice the silence that frees it, as it was last seen."""
-        return 2 * self._longest
+        return 2 * self._silence.seconds
 
     def acquire(
         self,
@@ -194,7 +193,7 @@ class Lease:
             record = Record.model_validate_json(self.store.read(self.key))
         except (NotFoundError, ValueError):
             return info, None
-        self._longest = max(self.seconds, record.seconds)
+        self._silence.seconds = max(self.seconds, record.seconds)
         return info, record
 
     def _signed(self, record: Record | None) -> bytes:

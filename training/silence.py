@@ -15,13 +15,13 @@ class Silence:
     """
 
     def __init__(self, seconds: float) -> None:
-        self._seconds, self._looked = seconds, time.monotonic()
+        self.seconds, self._looked = seconds, time.monotonic()
         self._since: dict[tuple[str, str], float] = {}  # key and tag: when they were first seen together
 
     def look(self, tags: Mapping[str, str]) -> dict[str, float]:
         """Seconds of silence by key, after a look at the store that found these keys with these tags."""
         now, before = time.monotonic(), self._since
-        if now - self._looked > self._seconds / 3:
-            before = {pair: since for pair, since in before.items() if self._looked - since >= self._seconds}
+        if now - self._looked > self.seconds / 3:
+            before = {pair: since for pair, since in before.items() if self._looked - since >= self.seconds}
         self._looked, self._since = now, {pair: before.get(pair, now) for pair in tags.items()}
         return {key: now - since for (key, _), since in self._since.items()}

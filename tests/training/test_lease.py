@@ -75,6 +75,17 @@ def test_who_has_a_short_lease_waits_for_a_long_one_to_fall_silent(tmp_path, mon
     assert 600 <= clock.now - began < 610
 
 
+def test_who_has_a_short_lease_does_not_take_an_outage_for_the_silence_of_a_long_one(tmp_path, clock):
+    store = open_store(str(tmp_path))
+    Lease(store, "r", "elsewhere:1:1", seconds=30).acquire()
+    other = Lease(store, "r", "elsewhere:2:1", seconds=5)
+    for seconds in (*8 * [1], 30, *29 * [1]):
+        clock.now += seconds
+        assert not other.is_free()
+    clock.now += 1
+    assert other.is_free()
+
+
 def test_a_lease_that_expired_long_ago_is_free_at_once(tmp_path, monkeypatch):
     store = open_store(str(tmp_path))
     with monkeypatch.context() as patch:
