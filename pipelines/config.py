@@ -75,7 +75,7 @@ class CrawlConfig(Config):
     block_hosts: tuple[str, ...] = Field(
         (),
         title="Blocked hosts",
-        description="Hosts, with their subdomains, that are never asked, nor followed to by a redirect.",
+        description="Hosts, with their subdomains, that are never asked. A URL that redirects there is given up.",
     )
     respect_robots: bool = Field(True, title="Respect robots.txt", description="Read and obey robots.txt.")
     respect_tdm: bool = Field(
