@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 from starflow import manifest
-from starflow.checkpoints import list_steps, load_manifest
+from starflow.checkpoints import Checkpoint, list_steps, load_manifest
 from starflow.errors import AlreadyExistsError, ConfigError, CorruptError, NotFoundError
 from starflow.objectstore import ObjectStore
 from starflow.snapshots import Snapshot, load_snapshot
@@ -69,10 +69,24 @@ def recorded(store: ObjectStore, run: str) -> dict[str, Any]:
 
     Raises NotFoundError for an unknown run.
     """
-    for step in reversed(list_steps(store, run)):
-        with contextlib.suppress(CorruptError):
-            return load_manifest(store, run, step).config
+    if newest := newest_checkpoint(store, run):
+        return newest.config
     return dict(manifest.load(store, run_key(run), RUN_KIND, RUN_VERSION)["config"])
+
+
+def newest_checkpoint(store: ObjectStore, run: str) -> Checkpoint | None:
+    """The newest whose manifest is not damaged, if any. Raises StoreError for one of another release."""
+    steps = list_steps(store, run)
+    for step in reversed(steps):
+        try:
+            return load_manifest(store, run, step)
+        except CorruptError:
+            continue
+        except NotFoundError:  # pruned since: a newer one has taken its place
+            if list_steps(store, run) == steps:
+                raise
+            return newest_checkpoint(store, run)
+    return None
 
 
 def adopt(store: ObjectStore, config: TrainConfig) -> TrainConfig:

@@ -19,13 +19,30 @@ def list_(store: Store, as_json: AsJson = False) -> None:
     from starflow.console import print_json
     from starflow.objectstore import open_store
 
-    found = [describe_run(store, run, brief=True) for run in list_runs(open_store(store))]
+    opened = open_store(store)
+    found = [_brief(opened.url, run) for run in list_runs(opened)]
     if as_json:
         print_json(found)
         return
     for run in found:
+        if run["message"]:
+            print(f"{run['run']:24} {run['state']:10} {run['message']}")
+            continue
         done = "no checkpoint" if run["step"] is None else f"step {run['step']}"
         print(f"{run['run']:24} {run['state']:10} {done} of {run['steps']}  preset {run['preset']}")
+
+
+def _brief(store: str, run: str) -> dict[str, Any]:
+    """What ``starflow runs list --json`` prints of a run; message: why it is unreadable, if it is."""
+    from starflow.errors import StoreError, UnavailableError
+
+    try:
+        return describe_run(store, run, brief=True) | {"message": None}
+    except UnavailableError:
+        raise
+    except StoreError as error:  # of another release, perhaps: no reason to hide the others
+        unknown = dict.fromkeys(("step", "steps", "preset", "snapshot"))
+        return {"run": run, "store": store, "state": "unreadable", **unknown, "message": str(error)}
 
 
 @runs.command()
@@ -82,11 +99,11 @@ def describe_run(store: str, run: str, brief: bool = False) -> dict[str, Any]:
     step: last committed one, None before the first. metrics: local path of metrics.jsonl up to that step.
     sample_grids: keys of the pictures drawn for held-out captions while it trained, oldest first.
     """
-    from starflow.checkpoints import list_steps, load_manifest
+    from starflow.checkpoints import list_steps
     from starflow.errors import NotFoundError
     from starflow.objectstore import open_store
     from training.events import read_events
-    from training.record import list_samples, recorded
+    from training.record import list_samples, newest_checkpoint, recorded
 
     opened = open_store(store)
     try:
@@ -106,7 +123,7 @@ def describe_run(store: str, run: str, brief: bool = False) -> dict[str, Any]:
     }
     if brief:
         return found
-    newest = load_manifest(opened, run) if steps else None
+    newest = newest_checkpoint(opened, run)
     return found | {
         "samples": newest.progress.samples if newest else 0,
         "held_out_bits_per_dim": newest.progress.held_out_bits if newest else None,

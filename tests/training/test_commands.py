@@ -7,8 +7,10 @@ import json
 import pytest
 from PIL import Image
 
-from starflow.errors import ConfigError, NotFoundError
+from starflow.checkpoints import checkpoint_key
+from starflow.errors import ConfigError, NotFoundError, UnavailableError
 from starflow.objectstore import open_store
+from tests.training.small_snapshot import save_checkpoint
 from training.checkpoint_commands import list_ as list_checkpoints
 from training.checkpoint_commands import prune
 from training.record import resolve
@@ -23,6 +25,35 @@ def test_runs_list_skips_what_is_no_run(make_config, store, capsys):
     list_runs(store.url)
     (line,) = capsys.readouterr().out.splitlines()
     assert line.split() == ["test", "interrupted", "no", "checkpoint", "of", "6", "preset", "tiny"]
+
+
+def test_runs_list_shows_a_run_of_another_release_as_unreadable(make_config, store, capsys):
+    for run in ("one", "two"):
+        config = resolve(store, make_config(run=run))
+        save_checkpoint(store, config, 2)
+    key = checkpoint_key("one", 2)
+    store.write(key, json.dumps(json.loads(store.read(key)) | {"spin": 1}).encode())
+    list_runs(store.url)
+    one, two = capsys.readouterr().out.splitlines()
+    assert one.startswith("one ")
+    assert "unreadable" in one
+    assert "does not read (spin); use release test" in one
+    assert two.split()[:2] == ["two", "interrupted"]
+    list_runs(store.url, as_json=True)
+    one, two = json.loads(capsys.readouterr().out)
+    assert one.keys() == two.keys()
+    assert (one["state"], two["message"]) == ("unreadable", None)
+
+
+def test_a_store_that_does_not_answer_is_no_unreadable_run(make_config, store, monkeypatch):
+    resolve(store, make_config())
+
+    def away(*_):
+        raise UnavailableError("away")
+
+    monkeypatch.setattr(type(store), "read", away)
+    with pytest.raises(UnavailableError):
+        list_runs(store.url)
 
 
 def test_dry_run_leaves_no_run(make_config, store):
