@@ -271,6 +271,6 @@ def _state(alive: bool, run: str, begun: bool, done: bool) -> str:
     """
     if alive:
         return "running" if begun and run == "running" else "pending"
-    if begun and run != "running":
-        return run
-    return "completed" if run == "completed" and done else "interrupted"
+    if run == "completed":
+        return "completed" if done else "interrupted"
+    return run if begun and run != "running" else "interrupted"

@@ -165,6 +165,7 @@ def test_what_ran_elsewhere_has_said_that_it_ended(make_config: Make, store: Obj
         patch.setattr(LocalLauncher, "submit", lambda self, launch: elsewhere)
         launch = submit(config, CPU)
     assert status(launch)["unreachable"] == [0]
+    save_checkpoint(store, config, 6)
     Events(store, "test").add("completed", "done", 1, 6)
     answer = status(launch)
     assert (answer["alive"], answer["unreachable"], answer["state"]) == (False, [], "completed")
@@ -196,6 +197,8 @@ def test_a_continuation_is_complete_at_its_own_last_step(
     assert status(first)["state"] == "completed"
     second = submit(make_config(steps=9), TWO_HOSTS)
     assert status(second)["state"] == "interrupted"  # gone before it had begun
+    Events(store, "test").add("waiting", "for the lease of the one that is gone", 2, None)
+    assert status(second)["state"] == "interrupted"  # and while it waited
     Events(store, "test").add("resumed", "going on", 2, 6)
     assert status(second)["state"] == "interrupted"
     save_checkpoint(store, resolve(store, make_config(steps=9)), 8)
