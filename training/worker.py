@@ -71,7 +71,8 @@ class Rank:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        # A rank that hangs is the supervisor's business, which sees it sooner.
+        # A rank that hangs is the supervisor's business, which sees it sooner; but not one that waits for others to
+        # fetch what they need, who may take so much longer.
         dist.init_process_group(backend, timeout=timedelta(seconds=2 * self.config.hang_timeout))
         self.heart.beat()
 
@@ -81,17 +82,15 @@ class Rank:
         check_data(flow, snapshot, config.preset)
         reader = open_reader(store, snapshot, config)
         device = f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else "cpu"
-        with self.heart.beating():
+        with self.heart.beating():  # the engine is made, and a checkpoint chosen, together with the slowest rank
             conditioner = make_conditioner(config, flow, reader.text, device)
-        trained = self._trained(snapshot, conditioner.identity)
-        torch.manual_seed(config.seed)
-        model = STARFlow(flow)
-        if config.init_from and not list_steps(store, config.run):
-            with self.heart.beating():
+            trained = self._trained(snapshot, conditioner.identity)
+            torch.manual_seed(config.seed)
+            model = STARFlow(flow)
+            if config.init_from and not list_steps(store, config.run):
                 initialise(model, config.init_from, trained)
-        engine = Engine(model, config)
-        ema = EMA(engine.fragments)
-        with self.heart.beating():
+            engine = Engine(model, config)
+            ema = EMA(engine.fragments)
             checkpoint = resume(store, config, engine, ema)
         samples = self._samples(store, engine, ema, reader, conditioner)
         saver = Saver(config, config.store, engine, ema, self.attempt.owner)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 
 import pytest
 
 from starflow.cache import FileCache
 from starflow.errors import ConfigError, StoreError
 from starflow.snapshots import load_snapshot
+from training import worker
 from training.launch import Attempt
 from training.metrics import MetricsLog
+from training.record import resolve
 from training.worker import failure, open_reader
 
 
@@ -52,6 +55,31 @@ def test_the_cache_is_as_large_as_configured(make_config, store, tmp_path):
     config = make_config(cache=tmp_path, cache_gib=0.5)
     reader = open_reader(store, load_snapshot(store), config)
     assert (reader.cache.directory, reader.cache.limit) == (tmp_path / "snapshots", 2**29)
+
+
+def test_a_rank_gives_signs_of_life_while_it_waits_for_one_that_fetches(attempt, store, monkeypatch):
+    """Until it has resumed: the first collective is in the engine's making."""
+    beating = []
+
+    class Waits:
+        fragments = ()
+
+        def __init__(self, *_):
+            beating.append("heart" in [thread.name for thread in threading.enumerate()])
+
+    def last(*_):
+        Waits()
+        raise ConfigError("as far as this goes")
+
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(worker.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(worker, "Engine", Waits)
+    monkeypatch.setattr(worker, "EMA", Waits)
+    monkeypatch.setattr(worker, "resume", last)
+    rank = worker.Rank(attempt.model_copy(update={"config": resolve(store, attempt.config)}))
+    with pytest.raises(ConfigError, match="as far as this goes"):
+        rank._train(store)
+    assert beating == [True, True, True]
 
 
 def test_what_may_go_away_is_tried_again(attempt, tmp_path):
