@@ -17,13 +17,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from starflow import __version__, manifest
+from starflow import manifest
 from starflow.architecture import FlowConfig
 from starflow.config import Config
 from starflow.encoders import TextIdentity, VAEIdentity
-from starflow.errors import ConfigError, CorruptError, NotFoundError, StoreError
+from starflow.errors import ConfigError, CorruptError, NotFoundError
 from starflow.manifest import ObjectRef
 from starflow.objectstore import ObjectStore
 
@@ -125,16 +125,7 @@ def load_manifest(store: ObjectStore, run: str, step: int | Literal["newest"] = 
     if wanted not in steps:
         known = ", ".join(map(str, steps))
         raise NotFoundError(f"checkpoint {step} of run {run!r} is not in {store.url}; committed steps: {known}")
-    key = checkpoint_key(run, int(wanted))
-    body = manifest.load(store, key, KIND, VERSION)
-    try:
-        return Checkpoint.model_validate(body)
-    except ValidationError as error:
-        wrong = ", ".join(".".join(map(str, problem["loc"])) for problem in error.errors())
-        raise StoreError(
-            f"{store.url}/{key} has fields that this release does not read ({wrong}); use release "
-            f"{body.get('code', 'that wrote it')}, this one is {__version__}"
-        ) from error
+    return manifest.load_as(Checkpoint, store, checkpoint_key(run, int(wanted)), KIND, VERSION)
 
 
 def no_checkpoints(store: ObjectStore, run: str) -> NotFoundError:

@@ -9,11 +9,16 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from pydantic import ValidationError
+
+from starflow import __version__
 from starflow.config import Config
 from starflow.errors import CorruptError, StoreError
 from starflow.objectstore import ObjectStore, file_sha256
+
+C = TypeVar("C", bound=Config)
 
 
 class ObjectRef(Config):
@@ -90,3 +95,17 @@ def load(store: ObjectStore, key: str, kind: str, version: int) -> dict[str, Any
             "upgrade starflow"
         )
     return dict(manifest)
+
+
+def load_as(model: type[C], store: ObjectStore, key: str, kind: str, version: int) -> C:
+    """Reads a manifest as `model`. Raises StoreError also for fields that only another release has."""
+    body = load(store, key, kind, version)
+    try:
+        return model.model_validate(body)
+    except ValidationError as error:
+        wrong = ", ".join(".".join(map(str, problem["loc"])) for problem in error.errors())
+        writer = f"release {body['code']}" if "code" in body else "the release that wrote it"
+        raise StoreError(
+            f"{store.url}/{key} has fields that this release does not read ({wrong}); use {writer}, "
+            f"this one is {__version__}"
+        ) from error

@@ -11,7 +11,7 @@ import logging
 from typing import Any
 
 import torch
-from pydantic import Field, ValidationError
+from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -59,14 +59,15 @@ def list_progress(store: ObjectStore, name: str) -> list[str]:
 def load_progress(store: ObjectStore, name: str) -> tuple[Progress, dict[str, Tensor]] | None:
     """The newest whole progress with its tensors; None before any. What was damaged is deleted, with a warning.
 
-    Raises CorruptError when there is progress but none is whole: then nothing is deleted.
+    Raises CorruptError when there is progress but none is whole, StoreError for another release's: then nothing is
+    deleted.
     """
     damaged: dict[str, Exception] = {}
     for key in list_progress(store, name):
         try:
-            progress = Progress.model_validate(manifest.load(store, key, KIND, VERSION))
+            progress = manifest.load_as(Progress, store, key, KIND, VERSION)
             tensors = load(manifest.get(store, progress.tensors))
-        except (CorruptError, NotFoundError, SafetensorError, ValidationError) as error:
+        except (CorruptError, NotFoundError, SafetensorError) as error:
             log.warning("going back to an earlier step: %s", error)
             damaged[key] = error
             continue
