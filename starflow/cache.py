@@ -23,6 +23,10 @@ from starflow.errors import CorruptError, StoreError
 UNFINISHED_SECONDS = 3600.0
 #: Share of its files that a folder keeps when the disk or a quota is full, and is its limit from then on.
 FULL_SHARE = 0.75
+#: Seconds between attempts to write to a full disk: other processes close their maps of what has been evicted.
+PAUSES = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
+#: Seconds that it takes until all have closed theirs: only a disk that is full after that shrinks the folder again.
+SETTLED_SECONDS = 5.0
 _ATTEMPTS = 5
 
 T = TypeVar("T")
@@ -33,7 +37,7 @@ class FileCache:
 
     def __init__(self, directory: Path, limit: int = 64 * 2**30) -> None:
         self.directory, self.limit = directory.expanduser().absolute(), limit
-        #: Called when files may have been evicted; for whoever maps them.
+        #: Called when files may have been evicted, by whichever process; for whoever maps them.
         self.on_evict: list[Callable[[], None]] = []
 
     def holds(self, name: str) -> bool:
@@ -63,26 +67,27 @@ class FileCache:
                 self._make(path, make)  # and look again: it may be evicted before we open it
             else:
                 os.utime(file.fileno())  # recently used: among the last to go
+                self._tell()
                 return file
         raise StoreError(
-            f"{path} is evicted faster than it can be opened: the cache of {self.limit} bytes is too small; "
-            "give it more, in training with cache_gib"
+            f"{path} is evicted faster than it can be opened: {self.limit} bytes are too small a cache; "
+            "allow it more, in training with cache_gib, or free some space if the disk was full"
         )
 
     def _make(self, path: Path, make: Callable[[Path], None]) -> None:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            with self._locked(f"{path.name[:2]}.lock"):
-                if not path.exists():  # else another process has made it while we waited
-                    unfinished = path.with_name(f"{path.name}~")
-                    try:
-                        _make_durably(unfinished, make)
-                    except OSError as error:
-                        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                            raise
-                        self._evict(keep=path, full=True)
-                        _make_durably(unfinished, make)
-                    unfinished.replace(path)
+            for pause in (*PAUSES, None):
+                try:
+                    with self._locked(f"{path.name[:2]}.lock"):
+                        if not path.exists():  # else another process has made it while we waited
+                            _make_durably(path, make)
+                    break
+                except OSError as error:
+                    if pause is None or full_disk(error) is None:
+                        raise
+                self._evict(keep=path, full=True)
+                time.sleep(pause)
         except OSError as error:
             raise StoreError(
                 f"cache {self.directory} cannot take {path.name}: {error.strerror or error}; "
@@ -91,7 +96,7 @@ class FileCache:
         self._evict(keep=path)
 
     def _evict(self, keep: Path, full: bool = False) -> None:
-        with self._locked("evict.lock"):
+        with self._locked("evict.lock") as lock:
             files, total = [], 0
             for entry in filter(os.DirEntry.is_file, os.scandir(self.directory)):
                 try:
@@ -101,24 +106,45 @@ class FileCache:
                 total += status.st_size
                 if not entry.name.endswith(".lock") and entry.name != keep.name:
                     files.append((status.st_mtime, status.st_size, Path(entry.path)))
-            if full:
+            # All threads and processes find the disk full at once: they shrink the folder once, not each of them.
+            settled = time.time() - os.fstat(lock).st_mtime > SETTLED_SECONDS
+            if full and settled and any("~" not in path.name for *_, path in files):
                 self.limit = min(self.limit, int(FULL_SHARE * total))
+                os.utime(lock)
             for modified, size, path in sorted(files):
                 unfinished = "~" in path.name
                 if time.time() - modified > UNFINISHED_SECONDS if unfinished else total > self.limit:
                     path.unlink(missing_ok=True)
                     total -= size
+        self._tell()
+
+    def _tell(self) -> None:
         for tell in self.on_evict:
             tell()
 
     @contextmanager
-    def _locked(self, name: str) -> Iterator[None]:
-        with (self.directory / name).open("w") as lock:
+    def _locked(self, name: str) -> Iterator[int]:
+        with (self.directory / name).open("a") as lock:  # "w" would change its time, that of the last shrinking
             fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
+            yield lock.fileno()
+
+
+def full_disk(error: BaseException | None) -> OSError | None:
+    """The cause of `error` that says that a disk or a quota is full, if any."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _make_durably(path: Path, make: Callable[[Path], None]) -> None:
-    make(path)
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    unfinished = path.with_name(f"{path.name}~")
+    try:
+        make(unfinished)
+        with unfinished.open("rb") as file:
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    except OSError:
+        unfinished.unlink(missing_ok=True)  # on a full disk others need its room
+        raise

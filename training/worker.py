@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import signal
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from starflow.cache import FileCache
+from starflow.cache import FileCache, full_disk
 from starflow.checkpoints import Checkpoint, TrainedInfo, list_steps
 from starflow.errors import ConfigError, CorruptError, StarflowError, StoreError
 from starflow.flops import training_flops
@@ -173,7 +172,7 @@ def open_reader(store: ObjectStore, snapshot: Snapshot, config: TrainConfig) -> 
 
 def failure(error: Exception, attempt: Attempt, rank: int) -> Report:
     """What to say of `error`, and whether another attempt may fare better: not on a full disk."""
-    full = _full_disk(error)
+    full = full_disk(error)
     if isinstance(error, StarflowError):
         retry = isinstance(error, StoreError) and not isinstance(error, FINAL_ERRORS) and full is None
         return Report(outcome="failed", reason=str(error), retry=retry)
@@ -184,15 +183,6 @@ def failure(error: Exception, attempt: Attempt, rank: int) -> Report:
     trace = attempt.folder / f"error-{rank}.txt"
     trace.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
     return Report(outcome="failed", reason=f"{type(error).__name__}: {error} (see {trace})")
-
-
-def _full_disk(error: BaseException | None) -> OSError | None:
-    """The cause of `error` that says that a disk or a quota is full, if any."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return error
-        error = error.__cause__ or error.__context__
-    return None
 
 
 def main() -> None:

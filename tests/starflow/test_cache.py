@@ -1,5 +1,6 @@
 """The file cache: each file made once, bounded, evicted files stay readable to those who have them open."""
 
+import contextlib
 import errno
 import os
 import subprocess
@@ -121,25 +122,127 @@ def test_another_process_killed_while_making_a_file_is_no_obstacle(tmp_path):
     assert found == [b"whole"]
 
 
-def test_a_full_disk_is_the_limit_from_then_on(tmp_path):
-    """As long as there is something to evict."""
-    cache, disk = FileCache(tmp_path), 100
+class Disk:
+    """What is left of a disk for the files of a cache, those included that are deleted but held open."""
 
-    def write(path):
-        if sum(file.stat().st_size for file in tmp_path.iterdir()) + 20 > disk:
+    def __init__(self, folder, size):
+        self.folder, self.size, self.held = folder, size, {}
+
+    def hold(self, file):
+        self.held[file] = os.fstat(file.fileno())
+
+    def release_deleted(self):
+        """As a reader does whose cache may have evicted what it maps."""
+        for file in list(self.held):
+            if not os.path.exists(file.name):
+                del self.held[file]
+                file.close()
+
+    def used(self):
+        sizes = {status.st_ino: status.st_size for status in self.held.values()}
+        for path in self.folder.iterdir():
+            with contextlib.suppress(FileNotFoundError):  # another thread renames or removes it
+                sizes[path.stat().st_ino] = path.stat().st_size
+        return sum(sizes.values())
+
+    def write(self, path):
+        path.write_bytes(b"part")
+        if self.used() + 16 > self.size:
             raise OSError(errno.ENOSPC, "No space left on device")
         path.write_bytes(bytes(20))
 
-    now = time.time()
-    for number in range(5):
-        cache.open(str(number), write).close()
-        os.utime(tmp_path / str(number), (now - 10 + number, now - 10 + number))
-    cache.open("5", write).close()
-    assert {path.name for path in tmp_path.iterdir() if path.suffix != ".lock"} == {"3", "4", "5"}
+    def fill(self, cache, count):
+        """With files of 20 bytes, the first the oldest."""
+        now = time.time() - 60
+        for number in range(count):
+            cache.open(str(number), self.write).close()
+            os.utime(self.folder / str(number), (now + number, now + number))
+        settle(self.folder)
+
+
+def settle(folder):
+    """As when the last shrinking was long ago."""
+    os.utime(folder / "evict.lock", (0, 0))
+
+
+def names(folder):
+    return {path.name for path in folder.iterdir() if path.suffix != ".lock"}
+
+
+@pytest.fixture
+def short_pauses(monkeypatch):
+    monkeypatch.setattr("starflow.cache.PAUSES", (0.0, 0.01, 0.02))
+
+
+def test_a_full_disk_is_the_limit_from_then_on(tmp_path, short_pauses):
+    """As long as there is something to evict."""
+    cache, disk = FileCache(tmp_path), Disk(tmp_path, 100)
+    disk.fill(cache, 5)
+    cache.open("5", disk.write).close()
+    assert names(tmp_path) == {"3", "4", "5"}
     assert cache.limit == 75
-    disk = 0
+    disk.size = 0
+    settle(tmp_path)
     with pytest.raises(StoreError, match="cannot take 6: No space left"):
-        cache.open("6", write)
+        cache.open("6", disk.write)
+    assert names(tmp_path) == {"4", "5"}  # one shrink, and nothing unfinished in the way
+    for name in names(tmp_path):
+        (tmp_path / name).unlink()
+    (tmp_path / "another~").write_bytes(b"part")
+    settle(tmp_path)
+    with pytest.raises(StoreError, match="cannot take 7: No space left"):
+        cache.open("7", disk.write)
+    assert cache.limit == 45  # the cache is not what fills the disk
+
+
+def test_threads_and_processes_that_find_the_disk_full_at_once_shrink_the_cache_once(tmp_path, short_pauses):
+    caches, disk = [FileCache(tmp_path), FileCache(tmp_path)], Disk(tmp_path, 800)
+    disk.fill(caches[0], 40)
+    tried, together = set(), threading.Barrier(8)
+
+    def make(path):
+        if path not in tried:
+            tried.add(path)
+            path.write_bytes(b"part")
+            together.wait(30)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        disk.write(path)
+
+    def work(number):
+        caches[number % 2].open(f"{number}-new", make).close()
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    mine, theirs = sorted(cache.limit for cache in caches)
+    assert 600 <= mine <= 0.75 * (800 + 8 * 4)
+    assert theirs == 64 * 2**30
+    assert names(tmp_path) >= {f"{number}-new" for number in range(8)} | {str(number) for number in range(20, 40)}
+
+
+def test_a_full_disk_waits_for_what_other_processes_hold(tmp_path, short_pauses):
+    """A file that is evicted frees its room only when they close it, which they do when they next open one."""
+    cache, other, disk = FileCache(tmp_path), FileCache(tmp_path), Disk(tmp_path, 100)
+    disk.fill(cache, 5)
+    for number in range(5):
+        disk.hold((tmp_path / str(number)).open("rb"))
+    other.on_evict.append(disk.release_deleted)
+    attempts = []
+
+    def make(path):
+        attempts.append(len(disk.held))
+        if len(attempts) == 3:
+            other.open("4", disk.write).close()
+        disk.write(path)
+
+    cache.open("5", make).close()
+    assert attempts == [5, 5, 5]
+    assert cache.limit == 75
+    assert names(tmp_path) == {"3", "4", "5"}
+    for file in disk.held:
+        file.close()
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):

@@ -24,7 +24,8 @@ def attempt(make_config, tmp_path):
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
-def test_a_full_disk_is_named_and_not_tried_again(attempt, tmp_path, number):
+def test_a_full_disk_is_named_and_not_tried_again(attempt, tmp_path, monkeypatch, number):
+    monkeypatch.setattr("starflow.cache.PAUSES", (0.0,))
     report = failure(OSError(number, os.strerror(number), "/scratch/x"), attempt, 0)
     assert not report.retry
     assert report.reason.startswith(f"cannot write to /scratch/x: {os.strerror(number)}; free space there")
