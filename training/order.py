@@ -40,8 +40,8 @@ class BatchOrder:
         """`counts`: samples of each grid; empty grids are left out.
 
         `block` samples lie together on disk: larger blocks read faster, a larger `window` (in blocks) shuffles
-        better. With a cache smaller than the data set, let a block be about a shard and keep `window` shards
-        within the cache. Raises ValueError when there is nothing to order.
+        better. With a cache smaller than the data set, let a block be about a shard (it has rows of two then) and
+        keep the shards of two windows within the cache. Raises ValueError when there is nothing to order.
         """
         self.counts = {grid: count for grid, count in sorted(counts.items()) if count}
         if not self.counts or min(global_batch_size, block, window) < 1:
