@@ -39,9 +39,7 @@ class TrainConfig(Config):
         256, gt=0, description="Neighbouring samples that are read together; with a small cache about a shard's rows."
     )
     order_window: int = Field(
-        64,
-        gt=0,
-        description="Blocks whose samples are shuffled together; the shards of two windows must fit the cache.",
+        64, gt=0, description="Blocks whose samples are shuffled together; shards of two windows must fit the cache."
     )
 
     init_from: str | None = Field(
