@@ -74,9 +74,12 @@ class FileCache:
             "allow it more, in training with cache_gib, or free some space if the disk was full"
         )
 
+    def make_room(self, size: int) -> bool:
+        """Evicts files of `size` bytes in all for what else needs the disk; False when there were none to evict."""
+        return self._evict(room=size)
+
     def _make(self, path: Path, make: Callable[[Path], None]) -> None:
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
             for pause in (*PAUSES, None):
                 try:
                     with self._locked(f"{path.name[:2]}.lock"):
@@ -86,37 +89,39 @@ class FileCache:
                 except OSError as error:
                     if pause is None or full_disk(error) is None:
                         raise
-                self._evict(keep=path, full=True)
+                self._evict(path.name, full=True)
                 time.sleep(pause)
         except OSError as error:
             raise StoreError(
                 f"cache {self.directory} cannot take {path.name}: {error.strerror or error}; "
                 "free some space or choose another folder"
             ) from error
-        self._evict(keep=path)
+        self._evict(path.name)
 
-    def _evict(self, keep: Path, full: bool = False) -> None:
+    def _evict(self, keep: str = "", full: bool = False, room: int = 0) -> bool:
         with self._locked("evict.lock") as lock:
-            files, total = [], 0
+            files, total, evicted = [], 0, False
             for entry in filter(os.DirEntry.is_file, os.scandir(self.directory)):
                 try:
                     status = entry.stat()
                 except FileNotFoundError:
                     continue  # another process renamed it meanwhile
                 total += status.st_size
-                if not entry.name.endswith(".lock") and entry.name != keep.name:
+                if not entry.name.endswith(".lock") and entry.name != keep:
                     files.append((status.st_mtime, status.st_size, Path(entry.path)))
             # All threads and processes find the disk full at once: they shrink the folder once, not each of them.
             settled = time.time() - os.fstat(lock).st_mtime > SETTLED_SECONDS
             if full and settled and any("~" not in path.name for *_, path in files):
                 self.limit = min(self.limit, int(FULL_SHARE * total))
                 os.utime(lock)
+            limit = min(self.limit, total - room)
             for modified, size, path in sorted(files):
                 unfinished = "~" in path.name
-                if time.time() - modified > UNFINISHED_SECONDS if unfinished else total > self.limit:
+                if time.time() - modified > UNFINISHED_SECONDS if unfinished else total > limit:
                     path.unlink(missing_ok=True)
-                    total -= size
+                    total, evicted = total - size, True
         self._tell()
+        return evicted
 
     def _tell(self) -> None:
         for tell in self.on_evict:
@@ -124,6 +129,7 @@ class FileCache:
 
     @contextmanager
     def _locked(self, name: str) -> Iterator[int]:
+        self.directory.mkdir(parents=True, exist_ok=True)
         with (self.directory / name).open("a") as lock:  # "w" would change its time, that of the last shrinking
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield lock.fileno()

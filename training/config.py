@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from starflow.cache import FileCache
 from starflow.config import Config
 from training.recipes import RECIPES
 
@@ -162,6 +163,11 @@ class TrainConfig(Config):
     def folder(self) -> Path:
         """This machine's folder for the run: logs and heartbeats, nothing that a resume needs."""
         return self.cache / "runs" / self.run
+
+    @property
+    def shard_cache(self) -> FileCache:
+        """This machine's shards of snapshots."""
+        return FileCache(self.cache / "snapshots", round(self.cache_gib * 2**30))
 
 
 #: Keys that may differ between a run's resumed parts: they change speed and bookkeeping, not the mathematics.

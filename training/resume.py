@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from starflow import manifest
+from starflow.cache import FileCache, full_disk
 from starflow.checkpoints import (
     Checkpoint,
     FragmentReader,
@@ -22,7 +23,8 @@ from starflow.checkpoints import (
     list_steps,
     load_manifest,
 )
-from starflow.errors import ConfigError, CorruptError, NotFoundError
+from starflow.errors import ConfigError, CorruptError, NotFoundError, StoreError
+from starflow.manifest import ObjectRef
 from starflow.objectstore import ObjectStore, file_sha256
 from training.checkpoint import random_states
 from training.config import TrainConfig
@@ -50,7 +52,7 @@ def resume(store: ObjectStore, config: TrainConfig, engine: Engine, ema: EMA) ->
         try:
             checkpoint = load_manifest(store, config.run, step)
             check_same_run(config, engine, checkpoint)
-            _download(store, checkpoint, engine, folder)
+            _download(store, checkpoint, engine, folder, config.shard_cache)
             reason = None
         except (CorruptError, NotFoundError) as error:
             checkpoint, reason = None, str(error)
@@ -133,7 +135,7 @@ def _restore_random(path: Path) -> None:
         torch.cuda.set_rng_state(saved["random/cuda"])
 
 
-def _download(store: ObjectStore, checkpoint: Checkpoint, engine: Engine, folder: Path) -> None:
+def _download(store: ObjectStore, checkpoint: Checkpoint, engine: Engine, folder: Path, shard_cache: FileCache) -> None:
     """Brings the verified objects that this rank needs to `folder`; those that an attempt before has brought stay."""
     folder.mkdir(parents=True, exist_ok=True)
     wanted = {
@@ -148,9 +150,19 @@ def _download(store: ObjectStore, checkpoint: Checkpoint, engine: Engine, folder
         if path.exists():
             continue
         try:
-            manifest.download(store, ref, path)
+            _fetch(store, ref, path, shard_cache)
         except CorruptError:  # on the way, perhaps: large objects come in ranges, which carry no checksum
-            manifest.download(store, ref, path)
+            _fetch(store, ref, path, shard_cache)
+
+
+def _fetch(store: ObjectStore, ref: ObjectRef, path: Path, shard_cache: FileCache) -> None:
+    """On a full disk as long as shards can make room: they may have filled it, and can be had again."""
+    while True:
+        try:
+            return manifest.download(store, ref, path)
+        except (OSError, StoreError) as error:
+            if full_disk(error) is None or not shard_cache.make_room(ref.size):
+                raise
 
 
 def _needed(store: ObjectStore, checkpoint: Checkpoint, engine: Engine) -> list[int]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from starflow.cache import FileCache, full_disk
+from starflow.cache import full_disk
 from starflow.checkpoints import Checkpoint, TrainedInfo, list_steps
 from starflow.errors import ConfigError, CorruptError, StarflowError, StoreError
 from starflow.flops import training_flops
@@ -166,8 +166,7 @@ class Rank:
 
 def open_reader(store: ObjectStore, snapshot: Snapshot, config: TrainConfig) -> SnapshotReader:
     """The training side of the snapshot, with the cache that the configuration allows."""
-    cache = FileCache(config.cache / "snapshots", round(config.cache_gib * 2**30))
-    return SnapshotReader(store, snapshot, cache, config.held_out)
+    return SnapshotReader(store, snapshot, config.shard_cache, config.held_out)
 
 
 def failure(error: Exception, attempt: Attempt, rank: int) -> Report:

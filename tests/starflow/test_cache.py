@@ -245,6 +245,17 @@ def test_a_full_disk_waits_for_what_other_processes_hold(tmp_path, short_pauses)
         file.close()
 
 
+def test_room_is_made_for_what_else_needs_the_disk(tmp_path):
+    cache, disk = FileCache(tmp_path / "cache"), Disk(tmp_path / "cache", 100)
+    assert not cache.make_room(1)
+    disk.fill(cache, 5)
+    assert cache.make_room(21)
+    assert names(disk.folder) == {"2", "3", "4"}
+    assert cache.limit == 64 * 2**30
+    assert cache.make_room(1000)
+    assert not cache.make_room(1000)
+
+
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(StoreError, match="file"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -149,6 +150,27 @@ def test_a_resume_that_was_killed_has_kept_what_it_had_fetched(saved, make_confi
     assert same(other.state(), saved.state())
     assert fetched[0] not in again
     assert fetched[1] in again
+
+
+def test_a_disk_that_cached_shards_fill_has_room_for_a_resume(saved, make_config, store, monkeypatch):
+    other, fetch = Setup(make_config(ranks=1), seed=5), manifest.download
+    shards = other.config.shard_cache
+    needed = max(ref.size for _, ref in load_manifest(store, "test", 4).shards[0])
+    for number in range(3):
+        shards.open(f"{number}-shard", lambda path: path.write_bytes(bytes(needed))).close()
+
+    def download(store, ref, path):
+        if shards.holds(room):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        fetch(store, ref, path)
+
+    monkeypatch.setattr(manifest, "download", download)
+    room = "1-shard"
+    assert resume(store, other.config, other.engine, other.ema).step == 4
+    assert [shards.holds(f"{number}-shard") for number in range(3)] == [False, False, True]
+    room = "../runs"  # something else fills the disk
+    with pytest.raises(OSError, match="No space left"):
+        resume(store, other.config, other.engine, other.ema)
 
 
 def test_missing_objects_fall_back_and_nothing_left_moves_nothing(saved, make_config, store):
