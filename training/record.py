@@ -104,9 +104,11 @@ def own_snapshot(store: ObjectStore, config: TrainConfig) -> Snapshot:
     try:
         return load_snapshot(store, config.snapshot)
     except NotFoundError as error:
+        has_weights = bool(list_steps(store, config.run))
+        weights = f", from this one's weights: init_from={config.store}/{config.run}" if has_weights else ""
         raise ConfigError(
             f"run {config.run!r} trains on snapshot {config.snapshot}, which {store.url} does not hold any more; start "
-            f"another run on one that is there, from this one's weights: init_from={config.store}/{config.run}"
+            f"another run on one that is there{weights}"
         ) from error
 
 
