@@ -70,8 +70,8 @@ class Rank:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        # A rank that hangs is the supervisor's business, which sees it sooner; but not one that waits for others to
-        # fetch what they need, who may take so much longer.
+        # A rank that hangs is the supervisor's business, which sees it sooner; but not one that waits for another one
+        # to fetch what it needs, which may take so much longer.
         dist.init_process_group(backend, timeout=timedelta(seconds=2 * self.config.hang_timeout))
         self.heart.beat()
 
@@ -81,13 +81,14 @@ class Rank:
         check_data(flow, snapshot, config.preset)
         reader = open_reader(store, snapshot, config)
         device = f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else "cpu"
-        with self.heart.beating():  # the engine is made, and a checkpoint chosen, together with the slowest rank
+        with self.heart.beating():  # also while it waits for a rank that is slower
             conditioner = make_conditioner(config, flow, reader.text, device)
             trained = self._trained(snapshot, conditioner.identity)
             torch.manual_seed(config.seed)
             model = STARFlow(flow)
             if config.init_from and not list_steps(store, config.run):
                 initialise(model, config.init_from, trained)
+            dist.barrier()  # the groups that the engine makes wait for others by limits of their own
             engine = Engine(model, config)
             ema = EMA(engine.fragments)
             checkpoint = resume(store, config, engine, ema)

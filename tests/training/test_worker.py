@@ -59,7 +59,7 @@ def test_the_cache_is_as_large_as_configured(make_config, store, tmp_path):
 
 
 def test_a_rank_gives_signs_of_life_while_it_waits_for_one_that_fetches(attempt, store, monkeypatch):
-    """Until it has resumed: the first collective is in the engine's making."""
+    """Until it has resumed."""
     beating = []
 
     class Waits:
@@ -74,13 +74,14 @@ def test_a_rank_gives_signs_of_life_while_it_waits_for_one_that_fetches(attempt,
 
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr(worker.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(worker.dist, "barrier", Waits)
     monkeypatch.setattr(worker, "Engine", Waits)
     monkeypatch.setattr(worker, "EMA", Waits)
     monkeypatch.setattr(worker, "resume", last)
     rank = worker.Rank(attempt.model_copy(update={"config": resolve(store, attempt.config)}))
     with pytest.raises(ConfigError, match="as far as this goes"):
         rank._train(store)
-    assert beating == [True, True, True]
+    assert beating == 4 * [True]
 
 
 def test_what_may_go_away_is_tried_again(attempt, tmp_path):
