@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 
 from starflow.checkpoints import checkpoint_key, list_steps, load_manifest
+from starflow.errors import NotFoundError
 from starflow.objectstore import ObjectStore
 
 
@@ -29,7 +31,10 @@ def prune(store: ObjectStore, run: str, keep_newest: int, keep_every: int | None
     Objects newer than the newest checkpoint stay: they may belong to a save in flight. Returns the steps deleted, or
     with `dry_run` those that would be.
     """
-    manifests = {step: load_manifest(store, run, step) for step in list_steps(store, run)}
+    manifests = {}
+    for step in list_steps(store, run):
+        with suppress(NotFoundError):  # the run itself has pruned it meanwhile
+            manifests[step] = load_manifest(store, run, step)
     keep = kept({step: m.progress.held_out_bits for step, m in manifests.items()}, keep_newest, keep_every)
     gone = [step for step in manifests if step not in keep]
     if dry_run:

@@ -11,11 +11,12 @@ import pytest
 
 from infra.cleanup import CleanupConfig, clean_runs, clean_snapshots
 from starflow import manifest
-from starflow.checkpoints import list_steps
+from starflow.checkpoints import checkpoint_key, list_steps
 from starflow.objectstore import ObjectStore, open_store
 from starflow.parts import part_from_arrays
 from starflow.snapshots import Part, load_snapshot, publish, snapshot_numbers
 from tests.training.small_snapshot import VAE, publish_samples, save_checkpoint
+from training import retention
 from training.config import TrainConfig
 from training.record import RUN_KIND, RUN_VERSION, run_key
 
@@ -83,3 +84,16 @@ def test_the_form_may_say_otherwise(store: ObjectStore) -> None:
     asked = CleanupConfig(store=store.url, keep_checkpoints=1, dry_run=True)
     assert clean_runs(store, asked) == {"a": [2, 3], "b": [2, 3]}
     assert list_steps(store, "a") == [1, 2, 3, 4]
+
+
+def test_a_checkpoint_that_the_run_itself_prunes_meanwhile_is_no_error(
+    store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def listed_too_late(*arguments: Any) -> list[int]:
+        steps = list_steps(*arguments)
+        store.delete([checkpoint_key("a", 2)])
+        return steps
+
+    monkeypatch.setattr(retention, "list_steps", listed_too_late)
+    assert clean_runs(store, CleanupConfig(store=store.url)) == {}
+    assert list_steps(store, "a") == [1, 3, 4]
