@@ -126,7 +126,7 @@ def finish_published(state: RefreshState) -> None:
 
 def _announce(state: RefreshState, snapshot: Snapshot) -> None:
     """Before the ledger's commit: who is killed in between says it once more, rather than never."""
-    state.on_event({"event": "published", "snapshot": snapshot})
+    state.on_event({"event": "published", "stage": "publish", "snapshot": snapshot})
 
 
 def _publish(state: RefreshState, parts: list[Part], left: pa.Table) -> Snapshot:

@@ -21,7 +21,7 @@ from starflow.snapshots import Snapshot, load_snapshot, newest_snapshot, snapsho
 from starflow.takedowns import Takedowns
 from starflow.urls import host_of, is_below
 
-#: A small dictionary with at least `event`; what progress bars and run pages show.
+#: A small dictionary with at least `event` and `stage`; what progress bars and run pages show.
 Event = dict[str, Any]
 OnEvent = Callable[[Event], None]
 #: Does a named piece of work and returns its record: at once, or as a task that a page shows.
