@@ -215,16 +215,16 @@ def _check_present(store: ObjectStore, parent: Snapshot | None, parts: Sequence[
 
 
 def _tables(part: Part) -> list[str]:
-    """The tables of a part and of its caption layers: a part's or a layer's objects all stand or fall with them."""
-    return [part.index.key, part.samples.key, *(layer.captions.key for layer in part.captions)]
+    """The tables of a part and of its caption layers: all other objects stand or fall with them."""
+    texts = [layer.text.index.key for layer in part.captions if layer.text]
+    return [part.index.key, part.samples.key, *(layer.captions.key for layer in part.captions), *texts]
 
 
 def _missing(store: ObjectStore, part: Part) -> list[str]:
     present = {info.key for info in store.list(f"parts/{part.id}/")}
-    tables = [part.index.key, *(layer.text.index.key for layer in part.captions if layer.text)]
-    if not present.issuperset(tables):
-        return [key for key in tables if key not in present]
-    return [ref.key for ref in part_objects(store, part) if ref.key not in present]
+    # Shards are named by the tables, so these are looked at first.
+    gone = [key for key in _tables(part) if key not in present]
+    return gone or [ref.key for ref in part_objects(store, part) if ref.key not in present]
 
 
 def part_objects(store: ObjectStore, part: Part) -> list[ObjectRef]:

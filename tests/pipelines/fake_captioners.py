@@ -15,6 +15,8 @@ from typing import Any
 from PIL import Image
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
+#: What is seen: the captioner's own picture, too, with which it finds out whether any is taken.
+SEEN = COLOURS | {"grey": (128, 128, 128)}
 
 
 class Endpoint:
@@ -54,7 +56,7 @@ def _colour(body: dict[str, Any]) -> str:
     uri = body["messages"][0]["content"][0]["image_url"]["url"]
     picture = Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
     pixel = picture.getpixel((0, 0))
-    return min(COLOURS, key=lambda c: sum(abs(a - b) for a, b in zip(COLOURS[c], pixel, strict=True)))
+    return min(SEEN, key=lambda c: sum(abs(a - b) for a, b in zip(SEEN[c], pixel, strict=True)))
 
 
 def _answer(body: dict[str, Any]) -> dict[str, Any]:

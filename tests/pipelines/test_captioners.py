@@ -21,7 +21,7 @@ from pipelines.captioners import (
     RefusedError,
     load_captioner,
 )
-from tests.pipelines.fake_captioners import COLOURS, Endpoint, save_tiny_blip, serve_endpoint
+from tests.pipelines.fake_captioners import COLOURS, SEEN, Endpoint, save_tiny_blip, serve_endpoint
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ def test_a_picture_that_is_refused_costs_no_other(endpoint: Endpoint, colours: l
 
 
 def test_an_endpoint_that_refuses_every_picture_is_not_set_up(endpoint: Endpoint) -> None:
-    endpoint.refused = dict.fromkeys(COLOURS, 400)
+    endpoint.refused = dict.fromkeys(SEEN, 400)
     answers = ask(endpoint).caption(squares()[:2], ["x", "y"])
     assert not any(isinstance(answer, RefusedError) for answer in answers)
     assert all(re.search("HTTP 400: .*busy.*captioner_model", str(answer)) for answer in answers)

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from pipelines import captioning, recaption_worker
 from pipelines import recaption as module
+from pipelines.actors import JOBS_IN_HAND
 from pipelines.captioners import CaptionError
 from pipelines.recaption import RecaptionConfig, RecaptionResult, recaption
 from starflow.cli import app
@@ -175,7 +176,7 @@ def test_a_budget_that_ends_and_refused_pictures_cost_nothing(
     result = ask(store, endpoint)
     assert result.captioned == 2 * (COUNT - 1) - asked
     ours = len(endpoint.requests) - asked - result.captioned
-    assert ours in (0, 1)  # a grey square, if only red ones were asked for at first
+    assert 0 <= ours <= JOBS_IN_HAND  # a grey square from each thread that had only red ones at first
     assert 0 < result.quality["refused:http_422"] == result.quality["empty"] < result.captioned
     assert not [info.key for info in store.list("parts/") if "/chunks-" in info.key]
 
