@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import os
+import sys
 import uuid
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from infra.stack import LocalStack
 
 # No test asks the metadata service of the cloud that it may run in; its answer, or its silence, would decide.
 os.environ.update(AWS_EC2_METADATA_DISABLED="true", NO_GCE_CHECK="true")
+# A busy machine takes longer than usual to start Ray, and to try an example.
+os.environ.setdefault("RAY_raylet_start_wait_time_s", "300")
+settings.register_profile("steady", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("steady")
+
+
+@pytest.fixture(autouse=True)
+def same_draws() -> None:
+    """Each test draws from torch's own generator what it drew the last time; nobody loads torch for this."""
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

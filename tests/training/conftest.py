@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import socket
-
 import numpy as np
 import pytest
 import torch
@@ -76,11 +74,3 @@ def clock(monkeypatch):
     clock = Clock()
     monkeypatch.setattr(silence, "time", clock)
     return clock
-
-
-@pytest.fixture
-def free_port():
-    """A loopback port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

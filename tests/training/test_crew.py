@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -33,12 +32,17 @@ def rank(tmp_path):
 def watched(rank, tmp_path, monkeypatch):
     """`watched(**values)` has a crew of those values watch that rank, with a look that waits for its store."""
     popen, answer, ended, threads = subprocess.Popen, threading.Event(), [], []
+    looking = threading.Event()
     fake = SimpleNamespace(Popen=lambda command, **rest: popen(SLEEP, **rest))
     monkeypatch.setattr(crew_module, "subprocess", fake)
 
+    def look():
+        looking.set()
+        answer.wait(200)
+
     def watch(**values):
         defaults = {"ranks": 1, "folder": tmp_path, "arguments": [], "loopback": True, "hang_timeout": 60.0}
-        looks = {"stop": lambda: False, "look": lambda: answer.wait(60) and None, "look_every": 0.01}
+        looks = {"stop": lambda: False, "look": look, "look_every": 0.01}
         crew = Crew(**(defaults | looks | values))
         threads.append(threading.Thread(target=lambda: ended.append(crew.run(tmp_path / "attempt.json"))))
         threads[0].start()
@@ -49,7 +53,7 @@ def watched(rank, tmp_path, monkeypatch):
         threads[0].join()
         return ended[0]
 
-    watch.end = end
+    watch.end, watch.looking = end, looking
     yield watch
     answer.set()
 
@@ -68,8 +72,7 @@ def test_a_clock_that_is_set_forward_makes_nobody_silent(rank, watched, tmp_path
 
 
 def test_a_stop_reaches_the_ranks_while_a_look_waits_for_the_store(rank, watched):
-    began = time.monotonic()
-    watched(stop=lambda: time.monotonic() - began > 1)
+    watched(stop=watched.looking.is_set)
     assert rank.wait(timeout=60) == -signal.SIGTERM
     watched.end()
 

@@ -21,11 +21,11 @@ from training.loop import Loop
 MODES = ("selective", "full", "none")
 
 
-def work(rank, port, configs, folder):
+def work(rank, configs, folder):
     """One rank: three steps under each configuration from the same weights; rank 0 writes the mean losses down."""
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     losses = {name: train(config, rank) for name, config in configs.items()}
     if rank == 0:
         torch.save(losses, folder / "losses.pt")
@@ -63,10 +63,10 @@ def train(config, rank):
     return torch.stack(losses)
 
 
-def compare(make_config, free_port, tmp_path, variants):
+def compare(make_config, tmp_path, variants):
     configs = {"plain": make_config(zero_stage=0)}
     configs |= {name: make_config(zero_stage=3, **values) for name, values in variants.items()}
-    mp.spawn(work, (free_port, configs, tmp_path), nprocs=2)
+    mp.spawn(work, (configs, tmp_path), nprocs=2)
     losses = torch.load(tmp_path / "losses.pt", weights_only=True)
     plain = losses.pop("plain")
     assert losses.keys() == variants.keys()
@@ -75,9 +75,9 @@ def compare(make_config, free_port, tmp_path, variants):
         torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def test_zero_3_with_checkpointing_or_accumulation_computes_the_same(make_config, free_port, tmp_path):
+def test_zero_3_with_checkpointing_or_accumulation_computes_the_same(make_config, tmp_path):
     variants = {"accumulated": {"checkpointing": "selective", "micro_batch_size": 2}}
-    compare(make_config, free_port, tmp_path, variants | {mode: {"checkpointing": mode} for mode in MODES})
+    compare(make_config, tmp_path, variants | {mode: {"checkpointing": mode} for mode in MODES})
     for rank in (0, 1):
         found = torch.load(tmp_path / f"agreement-{rank}.pt", weights_only=True)
         assert math.isnan(found.pop("loss"))
@@ -86,6 +86,6 @@ def test_zero_3_with_checkpointing_or_accumulation_computes_the_same(make_config
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)  # compiling nine times takes as long as the machine is busy
-def test_zero_3_compiled_with_checkpointing_computes_the_same(make_config, free_port, tmp_path):
+def test_zero_3_compiled_with_checkpointing_computes_the_same(make_config, tmp_path):
     variants = {mode: {"checkpointing": mode, "compile": True} for mode in MODES}
-    compare(make_config, free_port, tmp_path, variants)
+    compare(make_config, tmp_path, variants)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 
 import pytest
 import torch
@@ -23,11 +22,11 @@ from training.lease import Lease
 from training.resume import resume
 
 
-def work(rank, port, config, resumed, steps, folder):
+def work(rank, config, resumed, steps, folder):
     """One rank: resume or start, leave the whole state in a file, train, save."""
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(config.ranks)}
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=config.ranks)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=config.ranks)
     torch.manual_seed(7)
     engine = Engine(STARFlow(architecture(config)), config)
     ema = EMA(engine.fragments)
@@ -76,10 +75,7 @@ def whole_state(engine, ema, path):
 
 def run(config, folder, resumed, steps):
     folder.mkdir()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(work, (port, config, resumed, steps, folder), nprocs=config.ranks)
+    mp.spawn(work, (config, resumed, steps, folder), nprocs=config.ranks)
     ranks = [
         load_file(folder / f"{config.ranks}-{config.zero_stage}-{rank}.safetensors") for rank in range(config.ranks)
     ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import socket
 
 import numpy as np
 import pytest
@@ -32,11 +31,11 @@ from training.run_commands import describe_run
 from training.samples import SampleGrids, earlier_samples, vae_for_samples
 
 
-def work(rank, port, config, folder):
+def work(rank, config, folder):
     """One rank: a step, so that average and weights differ, then a grid."""
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(config.ranks)}
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=config.ranks)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=config.ranks)
     torch.manual_seed(7)
     flow = architecture(config)
     engine = Engine(STARFlow(flow), config)
@@ -67,10 +66,7 @@ def drawn(make_config, store, tmp_path, ranks, stage):
     name = f"{ranks}-{stage}"
     config = make_config(run=name, ranks=ranks, zero_stage=stage, sample_every=1, sample_count=3)
     (tmp_path / name).mkdir()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(work, (port, config, tmp_path / name), nprocs=ranks)
+    mp.spawn(work, (config, tmp_path / name), nprocs=ranks)
     assert list_samples(store, name) == [f"runs/{name}/samples/000000003.png"]
     image = Image.open(io.BytesIO(store.read(list_samples(store, name)[0])))
     return np.asarray(image).astype(int), load_file(tmp_path / name / "whole.safetensors")

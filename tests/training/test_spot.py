@@ -31,18 +31,17 @@ class Cloud(BaseHTTPRequestHandler):
         """Says nothing."""
 
     def reply(self, status, body=""):
+        self.asked.append(self.path)  # now that the answer is settled
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body.encode())
 
     def do_PUT(self):
-        self.asked.append(self.path)
         right = self.path == "/latest/api/token" and self.headers["X-aws-ec2-metadata-token-ttl-seconds"]
         self.reply(200, "a-token") if right and self.aws is not None else self.reply(404)
 
     def do_GET(self):
-        self.asked.append(self.path)
         if self.path == "/latest/meta-data/spot/instance-action" and self.aws is not None:
             known = self.headers["X-aws-ec2-metadata-token"] == "a-token"
             self.reply((200 if self.aws else 404) if known else 401, self.aws if known else "")
@@ -67,6 +66,7 @@ def cloud(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # a link-local address is not for a proxy
     monkeypatch.setattr(spot, "ASK_EVERY", 0.05)
+    monkeypatch.setattr(spot, "PATIENCE", 30.0)  # who has not answered by then is taken to be absent
     yield Mine
     server.shutdown()
     server.server_close()
