@@ -210,10 +210,11 @@ def caption_batch(
     table = get_table(store, crawl.fetched)
     table = table.filter(pc.equal(table["status"], "ok"))
     alts = AltText().caption([], table["caption"].to_pylist())
-    layers, refused = [(AltText.name, AltText.version, alts)], dict[str, int]()
+    layers, figures = [(AltText.name, AltText.version, alts)], dict[str, int]()
     if not isinstance(captioner, AltText) and crawl.images is not None:
         prefix = f"{batch.folder}captions/{config.digest(CAPTION_SETTINGS)}/"
         texts, refused = _model_captions(prefix, crawl.images, table, alts, captioner)
+        figures = {"stand_in": sum(bool(alt) and not text for alt, text in zip(alts, texts, strict=True)), **refused}
         layers.append((captioner.name, captioner.version, texts))
     captions = [
         [
@@ -228,7 +229,7 @@ def caption_batch(
     record = CaptionRecord(
         captions=ref,
         captioner=f"{captioner.name} {captioner.version}",
-        quality=caption_quality([str(each[-1]["text"]) if each else "" for each in captions]) | refused,
+        quality=caption_quality([str(each[-1]["text"]) if each else "" for each in captions]) | figures,
         settings=config.digest(CAPTION_SETTINGS),
     )
     committed: CaptionRecord = _replace_record(store, batch, record)

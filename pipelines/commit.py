@@ -119,7 +119,8 @@ def finish_published(state: RefreshState) -> None:
     state.plans = state.plans[: int(snapshot.versions["plans"])]
     files, kept, dropped = _write_ledger(state, state.left())
     state.recovered, state.dropped = state.name, dict(sorted(dropped.items()))
-    _announce(state, snapshot)
+    # Others may have published since, and taken samples down.
+    _announce(state, snapshots.newest_snapshot(state.store) or snapshot)
     state.ledger.commit(snapshot.id, files, kept)
     state.open()
 

@@ -253,7 +253,7 @@ class RefreshConfig(CaptionConfig, CrawlConfig):
     gate_caption_rate: float = Field(
         0.3,
         title="Gate: captions",
-        description="Largest share of captions that are empty, refused or repeated.",
+        description="Largest share of captions that are empty or repeated, or that the captioner did not give.",
         ge=0,
         le=1,
     )

@@ -108,9 +108,7 @@ def measure(state: RefreshState, counts: Counts) -> list[Measure]:
     rejected = counts["filter"]["reasons"]
     copies = rejected.get("duplicate", 0) + rejected.get("near_duplicate", 0)
     quality = counts["caption"]["quality"]
-    refused = sum(count for what, count in quality.items() if what.startswith("refused:"))
-    # A list's own text may stand in for a refused caption.
-    poor = max(quality.get("empty", 0), refused) + quality.get("repeated", 0)
+    poor = sum(quality.get(what, 0) for what in ("empty", "stand_in", "repeated"))
     found = [
         _share("drops", asked - kept, asked, config.gate_drop_rate, "asked URLs gave no sample"),
         _share("duplicates", copies, asked, config.gate_duplicate_rate, "asked URLs show a picture that is there"),
@@ -119,7 +117,7 @@ def measure(state: RefreshState, counts: Counts) -> list[Measure]:
             poor,
             quality.get("pictures", 0),
             config.gate_caption_rate,
-            "captions are empty, refused or repeated",
+            "captions are missing or repeated",
         ),
     ]
     if state.parent and (total := state.parent.counts.total):

@@ -8,9 +8,10 @@ import math
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from http.client import HTTPMessage
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -166,21 +167,27 @@ class Sites:
 
     def _ask(self, origin: str) -> dict[str, Any]:
         return {
-            "robots": self._text(f"{origin}/robots.txt") if self.policy.robots else "",
-            "tdm": self._text(f"{origin}/.well-known/tdmrep.json", "content_encoding") if self.policy.tdm else "",
+            "robots": self._text(f"{origin}/robots.txt", cut=True) if self.policy.robots else "",
+            "tdm": self._text(f"{origin}/.well-known/tdmrep.json", accept=_no_page) if self.policy.tdm else "",
         }
 
-    def _text(self, url: str, *harmless: str) -> str:
-        """A file of rules, or its beginning; "" when the site has none (RFC 9309, 2.3.1.2 and 2.3.1.3), which allows
-        everything, or when it cannot be read for a `harmless` reason."""
+    def _text(self, url: str, cut: bool = False, accept: Callable[[HTTPMessage], None] | None = None) -> str:
+        """A file of rules, or with `cut` its beginning; "" when the site has none, which allows everything (RFC 9309,
+        2.3.1.2 and 2.3.1.3)."""
         policy = self.policy.model_copy(update={"max_bytes": ROBOTS_BYTES})
         try:
-            return get(url, policy, cut=True).body.decode("utf-8", "replace")
+            return get(url, policy, accept=accept, cut=cut).body.decode("utf-8", "replace")
         except FetchError as error:
             missing = 400 <= error.status < 500 and not error.transient
-            if missing or error.reason in ("redirects", "http_204", *harmless):
+            if missing or error.reason in ("redirects", "http_204", "page"):
                 return ""
             raise
+
+
+def _no_page(headers: HTTPMessage) -> None:
+    """Many sites answer with a page of theirs where they have no file: it reserves nothing, whatever its size."""
+    if headers.get_content_type() in ("text/html", "application/xhtml+xml"):
+        raise FetchError("page", status=200)
 
 
 def _unreadable(error: FetchError) -> SiteRules:

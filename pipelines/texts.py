@@ -47,13 +47,14 @@ def language_of(text: str) -> str:
 
 
 def caption_quality(texts: Sequence[str]) -> dict[str, int]:
-    """Figures of captions, one a picture, that add up over batches: how many there are, are empty, repeat another,
+    """Figures of captions, one a picture, that add up over batches: how many there are, are empty, repeat another one,
     characters in all, and ``language:<code>`` (``language:unknown``: too short to tell)."""
-    languages = Counter(language_of(text) or "unknown" for text in texts if text)
+    found = [text for text in texts if text]
+    languages = Counter(language_of(text) or "unknown" for text in found)
     return {
         "pictures": len(texts),
-        "empty": sum(not text for text in texts),
-        "repeated": len(texts) - len(set(texts)),
+        "empty": len(texts) - len(found),
+        "repeated": len(found) - len(set(found)),
         "characters": sum(map(len, texts)),
         **{f"language:{code}": count for code, count in sorted(languages.items())},
     }

@@ -27,6 +27,8 @@ FULL_SHARE = 0.75
 PAUSES = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
 #: Seconds that it takes until all have closed theirs: only a disk that is full after that shrinks the folder again.
 SETTLED_SECONDS = 5.0
+#: Seconds between looks at what other processes have evicted.
+LOOK_SECONDS = 1.0
 _ATTEMPTS = 5
 
 T = TypeVar("T")
@@ -39,6 +41,7 @@ class FileCache:
         self.directory, self.limit = directory.expanduser().absolute(), limit
         #: Called when files may have been evicted, by whichever process; for whoever maps them.
         self.on_evict: list[Callable[[], None]] = []
+        self._told = 0.0
 
     def holds(self, name: str) -> bool:
         """Whether the file `name` is there."""
@@ -67,7 +70,8 @@ class FileCache:
                 self._make(path, make)  # and look again: it may be evicted before we open it
             else:
                 os.utime(file.fileno())  # recently used: among the last to go
-                self._tell()
+                if time.monotonic() - self._told > LOOK_SECONDS:
+                    self._tell()
                 return file
         raise StoreError(
             f"{path} is evicted faster than it can be opened: {self.limit} bytes are too small a cache; "
@@ -124,6 +128,7 @@ class FileCache:
         return evicted
 
     def _tell(self) -> None:
+        self._told = time.monotonic()
         for tell in self.on_evict:
             tell()
 

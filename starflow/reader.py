@@ -77,9 +77,9 @@ class SnapshotReader:
         self._parts = [_PartReader(self, part, index) for part, index in zip(snapshot.parts, indices, strict=True)]
         self._rows = {grid: _GridRows(parts) for grid, parts in _by_grid(self._parts).items()}
         self._maps: OrderedDict[tuple[_PartReader, str, int], Future[MappedShard]] = OrderedDict()
+        self._tables: dict[str, pa.Table] = {}
         self._lock = threading.Lock()
-        if not isinstance(store, LocalStore):
-            self.cache.on_evict.append(self._let_go)
+        self.cache.on_evict.append(self._let_go)
 
     def held_out_side(self) -> SnapshotReader:
         """A reader of the held-out samples; shares everything with this one."""
@@ -183,10 +183,24 @@ class SnapshotReader:
     def _let_go(self) -> None:
         """Closes the maps of evicted files, so that the disk has their room and the cache its limit."""
         with self._lock:
+            for name in list(self._tables):
+                if not self.cache.holds(name):
+                    del self._tables[name]
+            if isinstance(self.store, LocalStore):
+                return  # its shards are mapped where they lie
             mapped = [key for key, found in self._maps.items() if found.done() and not found.exception()]
             for part, array, shard in mapped:
                 if not self.cache.holds(part.ref(array, shard).sha256):
                     del self._maps[part, array, shard]
+
+    def table(self, ref: ObjectRef, kind: str) -> pa.Table:
+        """A Parquet object as a mapped Arrow table of one chunk, kept in the cache folder in that form."""
+        name = f"{kind}-{ref.sha256}"
+        found = self._tables.get(name)
+        if found is None:
+            found = self.cache.read(name, lambda path: _to_arrow(self.store, ref, path), _map_arrow)
+            self._tables[name] = found
+        return found
 
     def _places(self, grid: Grid, ordinals: Ints) -> Iterator[_Place]:
         rows = self._rows[grid]
@@ -236,7 +250,6 @@ class _PartReader:
     def __init__(self, reader: SnapshotReader, part: Part, index: ShardIndex) -> None:
         self.reader, self.part, self.index = reader, part, index
         self.weights = np.array([layer.weight for layer in part.captions])
-        self._tables: dict[str, pa.Table] = {}
         self._text_indices: dict[str, ShardIndex] = {}
 
     def gather(self, array: str, rows: Ints, out: NDArray[Any], slots: Ints) -> None:
@@ -307,20 +320,12 @@ class _PartReader:
         return layers
 
     def captions(self, layer: int, rows: Ints) -> list[str | None]:
-        column = self._table(self.part.captions[layer].captions, "captions")["caption"].chunk(0)
+        column = self.reader.table(self.part.captions[layer].captions, "captions")["caption"].chunk(0)
         found: list[str | None] = column.take(pa.array(rows)).to_pylist()
         return found
 
     def samples(self) -> pa.Table:
-        return self._table(self.part.samples, "samples")
-
-    def _table(self, ref: ObjectRef, kind: str) -> pa.Table:
-        """A Parquet object as a mapped Arrow table of one chunk, kept in the cache folder in that form."""
-        if ref.sha256 not in self._tables:
-            store, name = self.reader.store, f"{kind}-{ref.sha256}"
-            table = self.reader.cache.read(name, lambda path: _to_arrow(store, ref, path), _map_arrow)
-            self._tables[ref.sha256] = table
-        return self._tables[ref.sha256]
+        return self.reader.table(self.part.samples, "samples")
 
 
 def _to_arrow(store: ObjectStore, ref: ObjectRef, path: Path) -> None:

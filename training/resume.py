@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from starflow import manifest
-from starflow.cache import FileCache, full_disk
+from starflow.cache import PAUSES, FileCache, full_disk
 from starflow.checkpoints import (
     Checkpoint,
     FragmentReader,
@@ -156,13 +157,14 @@ def _download(store: ObjectStore, checkpoint: Checkpoint, engine: Engine, folder
 
 
 def _fetch(store: ObjectStore, ref: ObjectRef, path: Path, shard_cache: FileCache) -> None:
-    """On a full disk as long as shards can make room: they may have filled it, and can be had again."""
-    while True:
+    """On a full disk, shards make room: they may have filled it, and can be had again."""
+    for pause in (*PAUSES, None):
         try:
             return manifest.download(store, ref, path)
         except (OSError, StoreError) as error:
-            if full_disk(error) is None or not shard_cache.make_room(ref.size):
+            if pause is None or full_disk(error) is None or not shard_cache.make_room(ref.size):
                 raise
+        time.sleep(pause)
 
 
 def _needed(store: ObjectStore, checkpoint: Checkpoint, engine: Engine) -> list[int]:

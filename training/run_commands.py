@@ -110,8 +110,8 @@ def describe_run(store: str, run: str, brief: bool = False) -> dict[str, Any]:
         config = recorded(opened, run)
     except NotFoundError as error:
         raise NotFoundError(f"run {run!r} is not in {opened.url}; see starflow runs list --store {store}") from error
+    events = read_events(opened, run)  # first: a run that says that it has completed has its last step
     steps = list_steps(opened, run)
-    events = read_events(opened, run)
     found: dict[str, Any] = {
         "run": run,
         "store": opened.url,

@@ -23,7 +23,7 @@ from infra.launch.common import (
     with_all_ranks,
 )
 from starflow.console import console
-from starflow.errors import NotFoundError, StarflowError, StoreError
+from starflow.errors import NotFoundError, StarflowError, StoreError, UnavailableError
 from starflow.objectstore import open_store
 from training.cluster import stop_key
 from training.config import TrainConfig
@@ -217,12 +217,19 @@ def _end(launch: Launch, force: bool) -> None:
 
 def _wait_until_ended(launch: Launch, seconds: float) -> bool:
     deadline, pause = time.monotonic() + seconds, LOOK_EVERY
-    while _alive(launch, _nodes(launch)):
+    while not _has_ended(launch):
         if time.monotonic() > deadline:
             return False
         time.sleep(pause)
         pause = min(2.0, 1.5 * pause)
     return True
+
+
+def _has_ended(launch: Launch) -> bool:
+    try:
+        return not _alive(launch, _nodes(launch))
+    except UnavailableError:  # neither the target nor the store can say
+        return False
 
 
 def _nodes(launch: Launch) -> list[Node]:

@@ -10,7 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines import flows
+from pipelines.ledger import Ledger
 from pipelines.state import at_once
+from pipelines.takedown import TakedownConfig, takedown
 from starflow.encoders import EncoderError
 from tests.pipelines.fake_crawl import Bench, png, url
 from tests.pipelines.kills import KilledError
@@ -63,6 +65,25 @@ def test_what_a_killed_refresh_had_published_is_announced(
     assert flows.refresh_once(config)["added"] == 0
     assert page["events"] == [answer["snapshot"]]
     assert page["refresh-drop-samples"] == "Nothing was rejected."
+
+
+def test_what_was_published_since_is_announced_in_its_place(
+    bench: Bench, page: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody is told to train on a snapshot that has lost samples to a takedown."""
+    config = bench.config(bench.write_list({url(0): png(0), url(1): png(1)}))
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise KilledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "commit", killed)
+        with pytest.raises(KilledError):
+            flows.refresh_once(config)
+    newest = takedown(TakedownConfig(store=bench.store, urls=(url(0),))).snapshot
+    page["events"].clear()
+    flows.refresh_once(config)
+    assert page["events"] == [newest]
 
 
 @pytest.mark.parametrize("error", [EncoderError("cannot load the VAE x"), OSError("cannot load the VAE x")])

@@ -26,7 +26,7 @@ VAE = VAEIdentity(name="test", sha256="0" * 64, scaling_factor=1.0, channels=2, 
 COUNTS: dict[str, dict[str, Any]] = {
     "crawl": {"statuses": {"ok": 80, "unchanged": 20, "failed": 20}},
     "filter": {"reasons": {"duplicate": 6, "near_duplicate": 4, "blank": 10}},
-    "caption": {"quality": {"pictures": 80, "empty": 1, "refused:http_400": 4, "repeated": 4}},
+    "caption": {"quality": {"pictures": 80, "empty": 2, "refused:http_400": 4, "stand_in": 3, "repeated": 3}},
 }
 NOBODY = LEFT.empty_table()
 

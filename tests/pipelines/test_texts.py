@@ -40,11 +40,11 @@ def test_codes_are_checked() -> None:
 
 
 def test_quality() -> None:
-    texts = ["a photo of a cat in the garden", "ein roter Apfel auf dem Tisch", "x", "x", ""]
+    texts = ["a photo of a cat in the garden", "ein roter Apfel auf dem Tisch", "x", "x", "", "", ""]
     assert language_of(texts[0]) == "en"
     assert caption_quality(texts) == {
-        "pictures": 5,
-        "empty": 1,
+        "pictures": 7,
+        "empty": 3,
         "repeated": 1,
         "characters": sum(map(len, texts)),
         "language:de": 1,

@@ -187,6 +187,19 @@ def test_maps_hold_no_more_of_the_disk_than_the_cache_may_take(store, tmp_path):
     assert np.array_equal(reader.gather((2, 3), np.arange(60)).mean, data.mean)
 
 
+def test_tables_that_are_evicted_hold_nothing_of_the_disk(store, tmp_path):
+    data = Data(store, 0, 60)
+    snapshot = publish(store, parent=None, parts=[data.part], image_size=16)
+    cache = FileCache(tmp_path / "cache")
+    readers = [SnapshotReader(each, snapshot, cache) for each in (Remote(store), store)]
+    for reader in readers:
+        assert reader.gather((2, 3), np.arange(60)).ids == data.ids
+    assert cache.make_room(2**40)
+    assert str(cache.directory) not in Path("/proc/self/maps").read_text()
+    for reader in readers:
+        assert reader.gather((2, 3), np.arange(60)).captions[1] == "model 1"
+
+
 def mapped(cache):
     """Shards that this process maps, evicted ones included."""
     found = {line.split(maxsplit=5)[5] for line in Path("/proc/self/maps").read_text().splitlines() if "/" in line}

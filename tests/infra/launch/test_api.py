@@ -33,7 +33,7 @@ from infra.launch.common import Node, NodeState
 from infra.launch.hosts import LocalLauncher, SshLauncher
 from infra.launch_command import launch as launch_app
 from infra.processes import descendants, wait_until
-from starflow.errors import ConfigError, NotFoundError, StarflowError
+from starflow.errors import ConfigError, NotFoundError, StarflowError, UnavailableError
 from starflow.objectstore import ObjectStore, open_store
 from tests.training.run_helpers import lines
 from tests.training.small_snapshot import save_checkpoint
@@ -186,6 +186,24 @@ def test_a_target_that_does_not_answer_ends_nothing(
     assert (answer["alive"], answer["unreachable"]) == (False, [0, 1])
 
 
+def test_while_nobody_can_say_machines_are_made_to_leave(
+    make_config: Make, store: ObjectStore, hosts: dict[int, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the target nor the store answers: stopping goes on to force, and says what was in its way."""
+    launch = submit(make_config(), TWO_HOSTS)
+    hosts.clear()
+    asked: list[bool] = []
+
+    def away(*_: Any, **__: Any) -> None:
+        raise UnavailableError("s3 is away")
+
+    monkeypatch.setattr(SshLauncher, "stop", lambda self, launch, force: asked.append(force))
+    monkeypatch.setattr("infra.launch.api.open_store", away)
+    with pytest.raises(UnavailableError, match="s3 is away"):
+        stop(launch, 0)
+    assert asked == [False, True]
+
+
 def test_a_continuation_is_complete_at_its_own_last_step(
     make_config: Make, store: ObjectStore, hosts: dict[int, str]
 ) -> None:
@@ -223,7 +241,7 @@ def test_of_two_launches_at_once_one_is_refused(make_config: Make, store: Object
         launch = _hand_over(SshLauncher(TWO_HOSTS), *prepare(make_config(), TWO_HOSTS))
         other.release()
         with pytest.raises(AlreadyLaunchedError, match="is still at work"):
-            second.result(30)
+            second.result(100)
     assert newest(store.url, "test") == launch
 
 
