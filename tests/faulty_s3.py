@@ -10,15 +10,20 @@ Set `mode` last: the other attributes say which requests it befalls.
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import re
 import socket
 import struct
 import threading
 import time
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import urlsplit
+
+from starflow.objectstore import ObjectStore
+from starflow.s3store import S3Store
 
 #: What can be done to a request.
 MODES = {
@@ -114,6 +119,18 @@ class FaultyS3:
                 if self.count <= 0:
                     self.count, self._mode = None, ""
             return mode, changed
+
+
+@contextlib.contextmanager
+def impatient(store: ObjectStore, seconds: float = 0.5) -> Iterator[None]:
+    """Meanwhile that store is given up after so long: while it answers, a busy machine may take longer."""
+    assert isinstance(store, S3Store)
+    before = store.patience, store._clients_of
+    store.patience, store._clients_of = seconds, None
+    try:
+        yield
+    finally:
+        store.patience, store._clients_of = before
 
 
 class _Relay(BaseHTTPRequestHandler):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -78,8 +77,7 @@ def test_no_relative_imports() -> None:
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"]])
 def test_the_command_line_answers_at_once(arguments: list[str]) -> None:
     command = [sys.executable, "-X", "importtime", "-m", "starflow.cli", *arguments]
-    started = time.process_time()
-    result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
-    assert time.process_time() - started < 0.5
+    result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=200)
+    assert result.stderr.count("import time:") < 500  # 370 when this was written; torch alone has more
     for heavy in ("torch", "ray", "prefect", "deepspeed", "numpy", "pydantic"):
         assert f" {heavy}\n" not in result.stderr

@@ -105,7 +105,7 @@ def test_a_stubborn_process_is_killed(tmp_path: Path) -> None:
     command = ["bash", "-c", "trap '' TERM; echo ready; while true; do sleep 0.05; done"]
     log = tmp_path / "log"
     stubborn = processes.start(command, env={"PATH": "/usr/bin:/bin"}, log=log)
-    assert processes.wait_until(lambda: log.read_text() == "ready\n", seconds=10)
+    assert processes.wait_until(lambda: log.read_text() == "ready\n", seconds=60)
     assert stubborn.process is not None
     processes.stop([stubborn.process], seconds=0.2)
     assert not stubborn.alive

@@ -35,18 +35,16 @@ from tests.pipelines.kills import committed_urls, content
 
 @pytest.fixture
 def proxy(s3_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyS3]:
-    """In the place of the S3 server, before a client that gives up soon."""
+    """In the place of the S3 server, before a client that asks twice."""
 
-    def impatient(patience: float | None) -> Any:
-        settings = BotoConfig(retries={"mode": "standard", "total_max_attempts": 2}, read_timeout=1)
+    def clients(patience: float | None) -> Any:
+        settings = BotoConfig(retries={"mode": "standard", "total_max_attempts": 2}, read_timeout=10)
         client = boto3.session.Session().client("s3", config=settings)
         return s3store._Clients(client, client)
 
     with FaultyS3(os.environ["AWS_ENDPOINT_URL"]) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
-        monkeypatch.setattr(s3store, "_s3_clients", impatient)
-        monkeypatch.setattr(s3store, "FIRST_DEADLINE_SECONDS", 0.5)
-        monkeypatch.setattr(s3store, "DEADLINE_SECONDS", 0.5)
+        monkeypatch.setattr(s3store, "_s3_clients", clients)
         yield proxy
 
 
@@ -88,8 +86,11 @@ def test_a_store_that_fails_in_the_middle_is_gone_on_with(
     listed = bench.write_list(STEADY)
     proxy.after = after  # of about 140 requests; for 507, of the writes among them
     proxy.mode = mode
-    with pytest.raises(StoreError, match=message) as caught:
-        bench.refresh(listed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(s3store, "FIRST_DEADLINE_SECONDS", 0.5)
+        patch.setattr(s3store, "DEADLINE_SECONDS", 0.5)
+        with pytest.raises(StoreError, match=message) as caught:
+            bench.refresh(listed)
     assert "\n" not in str(caught.value)
     proxy.mode = ""
     fetched, asked = committed_urls(bench), dict(bench.web.requests)

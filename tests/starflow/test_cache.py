@@ -171,6 +171,8 @@ def names(folder):
 
 @pytest.fixture
 def short_pauses(monkeypatch):
+    """And the last shrinking was long ago only when the test says so."""
+    monkeypatch.setattr("starflow.cache.SETTLED_SECONDS", 1000.0)
     monkeypatch.setattr("starflow.cache.PAUSES", (0.0, 0.01, 0.02))
 
 

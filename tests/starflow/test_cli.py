@@ -12,7 +12,7 @@ import pytest
 
 def run(*arguments: str, code: str = "from starflow.cli import main; main()") -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", code, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, timeout=200)
 
 
 def test_a_missing_package_is_named_with_its_remedy() -> None:
@@ -51,6 +51,6 @@ def test_a_store_that_does_not_answer_has_a_status_of_its_own() -> None:
     away = {"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_REGION": "x"}
     keys = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x"}
     command = [sys.executable, "-c", code, "snapshots", "list", "--store", "s3://bucket"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60, env=os.environ | away | keys)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=200, env=os.environ | away | keys)
     assert result.returncode == 74
     assert "check that the endpoint http://127.0.0.1:9 is up" in result.stderr

@@ -19,7 +19,7 @@ SCRIPT = "from training.processes import die_with_parent; die_with_parent(); pri
 def test_a_process_whose_starter_ended_while_it_was_importing_ends(starter):
     own = {None: {}, "this": {PARENT: str(os.getpid())}, "ended": {PARENT: "999999999"}}[starter]
     rest = {name: value for name, value in os.environ.items() if name != PARENT}
-    done = subprocess.run([sys.executable, "-c", SCRIPT], env=rest | own, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", SCRIPT], env=rest | own, capture_output=True, text=True, timeout=200)
     assert (done.returncode, done.stdout) == ((1, "") if starter == "ended" else (0, "alive\n"))
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from starflow.errors import UnavailableError
 from starflow.objectstore import open_store
-from tests.faulty_s3 import FaultyS3
+from tests.faulty_s3 import FaultyS3, impatient
 from training.cluster import Place
 from training.lease import Lease
 from training.processes import identity
@@ -53,7 +53,7 @@ def test_a_machine_is_there_until_it_falls_silent_or_leaves(tmp_path, clock):
 def test_a_store_that_is_away_longer_than_the_lease_ends_nothing(s3_url, monkeypatch, clock, mode):
     with FaultyS3(os.environ["AWS_ENDPOINT_URL"]) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
-        store = open_store(s3_url, patience=1.5)
+        store = open_store(s3_url, patience=60.0)
         mine, other = roll(store, 0), roll(store, 1)
         lease = Lease(store, "r", "elsewhere:1:1", SECONDS)
         lease.acquire()
@@ -63,7 +63,7 @@ def test_a_store_that_is_away_longer_than_the_lease_ends_nothing(s3_url, monkeyp
         assert not follower.is_free()
         proxy.mode = mode
         for ask in (mine.look, follower.is_free, lease.renew):
-            with pytest.raises(UnavailableError):
+            with impatient(store), pytest.raises(UnavailableError):
                 ask()
         clock.now += 4 * SECONDS
         proxy.mode = ""

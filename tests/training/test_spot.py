@@ -102,19 +102,19 @@ def test_the_first_notice_is_told_once_after_answers_that_say_nothing(cloud):
     told = []
     cloud.gcp = "FALSE"
     with watch_notices(told.append):
-        until(lambda: len(cloud.asked) > 4, 30)
+        until(lambda: len(cloud.asked) > 4, 60)
         assert told == []
         assert cloud.asked.count("/latest/api/token") == 1  # this is no AWS machine
         cloud.gcp = "TRUE"
-        until(lambda: told, 30)
+        until(lambda: told, 60)
     assert told == ["Google Cloud is preempting this machine"]
 
 
 def test_no_cloud_is_asked_once(cloud):
     with watch_notices(lambda notice: pytest.fail(notice)):
-        until(lambda: len(cloud.asked) == 2, 30)
+        until(lambda: len(cloud.asked) == 2, 60)
         cloud.aws, cloud.gcp = json.dumps(ACTION), "TRUE"
-        until(lambda: all(thread.name != "spot" for thread in threading.enumerate()), 30)
+        until(lambda: all(thread.name != "spot" for thread in threading.enumerate()), 60)
     assert len(cloud.asked) == 2
 
 
@@ -122,7 +122,7 @@ def test_a_notice_is_a_request_to_stop(cloud, make_config, store, monkeypatch):
     """The supervisor leaves as after SIGTERM, and says why."""
 
     def ranks(self, news, look):
-        until(self._stop.is_set, 30)
+        until(self._stop.is_set, 60)
         return End("preempted", "saved and stopped as asked")
 
     monkeypatch.setattr(Supervisor, "_launch", ranks)

@@ -33,7 +33,7 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
 def fetch(url):
     opener = urllib.request.build_opener(NoRedirect)
     try:
-        with opener.open(url, timeout=10) as answer:
+        with opener.open(url, timeout=60) as answer:
             return answer.status, dict(answer.headers), answer.read()
     except urllib.error.HTTPError as error:
         return error.code, dict(error.headers), error.read()
@@ -90,7 +90,7 @@ def test_robots_forbids_the_disallowed(web):
 
 def test_a_drip_never_ends(web):
     host, port = web.address.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=5) as connection:
+    with socket.create_connection((host, int(port)), timeout=60) as connection:
         path = urls(web, "drip")[0].removeprefix(web.address)
         connection.sendall(f"GET {path} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
         received = b""
@@ -112,7 +112,7 @@ def test_unknown_paths_and_methods_are_refused(web):
     assert fetch(f"{web.address}/emoji/../../etc/passwd")[0] == 404
     assert fetch(f"{web.address}/nothing")[0] == 404
     with pytest.raises(urllib.error.HTTPError, match="405"):
-        urllib.request.urlopen(urllib.request.Request(web.address, method="POST", data=b""), timeout=5)
+        urllib.request.urlopen(urllib.request.Request(web.address, method="POST", data=b""), timeout=60)
 
 
 def test_it_listens_where_it_did_the_last_time_unless_the_port_is_taken(tmp_path):

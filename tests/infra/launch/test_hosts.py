@@ -51,12 +51,15 @@ def check_life(launcher: Any, launch: Launch) -> None:
     launch = submitted(launcher, launch)
     try:
         assert states(launcher, launch) == ["running", "running"]
-        assert wait_until(lambda: any("secret" in line for line in launcher.logs(launch, 1, False)), seconds=30)
+        for node in (0, 1):  # from then on it listens
+            assert wait_until(
+                lambda node=node: any("secret" in line for line in launcher.logs(launch, node, False)), seconds=60
+            )
         assert list(launcher.logs(launch, 1, False))[-1:] == ["machine 1 of 2 key it's secret"]
         psutil.Process(launch.handle["processes"][1]["pid"]).kill()
-        assert wait_until(lambda: states(launcher, launch) == ["running", "ended"], seconds=30)
+        assert wait_until(lambda: states(launcher, launch) == ["running", "ended"], seconds=60)
         launcher.stop(launch, force=False)
-        assert wait_until(lambda: states(launcher, launch) == ["ended", "ended"], seconds=30)
+        assert wait_until(lambda: states(launcher, launch) == ["ended", "ended"], seconds=60)
         assert list(launcher.logs(launch, 0, True))[-1] == "saved"
     finally:
         launcher.stop(launch, force=True)
@@ -145,7 +148,7 @@ def test_a_host_that_cannot_be_reached_keeps_none_from_stopping(make_launch: Mak
         launch = make_launch(on="ssh", nodes=2, cluster={"hosts": ["one", "two"]})
         launch = launch.model_copy(update={"handle": {"processes": [away, process]}})
         launcher.stop(launch, force=False)
-        assert wait_until(lambda: states(launcher, launch) == ["unknown", "ended"], seconds=30)
+        assert wait_until(lambda: states(launcher, launch) == ["unknown", "ended"], seconds=60)
         assert "no route" in launcher.nodes(launch)[0].detail
     finally:
         launcher.stop(launch, force=True)
@@ -160,7 +163,7 @@ def test_machines_leave_also_while_the_store_is_away(
     launcher = LocalLauncher(launch.launch)
     launch = submitted(launcher, launch)
     try:
-        assert wait_until(lambda: any(launcher.logs(launch, 0, False)), seconds=30)
+        assert wait_until(lambda: any(launcher.logs(launch, 0, False)), seconds=60)
         with pytest.raises(StarflowError, match="away"):
             stop(launch, seconds)
         assert states(launcher, launch) == ["ended"]

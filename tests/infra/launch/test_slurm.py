@@ -95,9 +95,9 @@ def test_notice_saves_and_requeues(make_launch: Make, fake: Any, tmp_path: Path)
         assert job.stdout is not None
         said = {job.stdout.readline().strip() for _ in range(2)}
         assert said == {f"task {k} of 2 at gpu{k} launch 20260102T030405-0123abcd.3" for k in (0, 1)}
-        assert wait_until(lambda: (tmp_path / "tasks").exists(), seconds=30)
+        assert wait_until(lambda: (tmp_path / "tasks").exists(), seconds=60)
         job.send_signal(signal.SIGUSR1)
-        assert job.wait(30) == 75
+        assert job.wait(100) == 75
     finally:
         job.kill()
         for pid in json.loads((tmp_path / "tasks").read_text()):
