@@ -8,6 +8,7 @@ import math
 import os
 import signal
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -171,6 +172,23 @@ def test_a_disk_that_cached_shards_fill_has_room_for_a_resume(saved, make_config
     room = "../runs"  # something else fills the disk
     with pytest.raises(OSError, match="No space left"):
         resume(store, other.config, other.engine, other.ema)
+
+
+def test_shards_that_another_run_maps_are_waited_for_before_more_go(saved, make_config, store, monkeypatch):
+    other, fetch, slept = Setup(make_config(ranks=1), seed=5), manifest.download, []
+    needed = max(ref.size for _, ref in load_manifest(store, "test", 4).shards[0])
+    for number in range(10):
+        other.config.shard_cache.open(f"{number}-shard", lambda path: path.write_bytes(bytes(needed))).close()
+
+    def download(store, ref, path):
+        if not any(slept):  # the other run has not closed its maps yet
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        fetch(store, ref, path)
+
+    monkeypatch.setattr(manifest, "download", download)
+    monkeypatch.setattr("training.resume.time", SimpleNamespace(sleep=slept.append))
+    assert resume(store, other.config, other.engine, other.ema).step == 4
+    assert sum(other.config.shard_cache.holds(f"{number}-shard") for number in range(10)) == 8
 
 
 def test_missing_objects_fall_back_and_nothing_left_moves_nothing(saved, make_config, store):
