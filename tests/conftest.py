@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import HealthCheck, settings
 
+from infra.services import Service
 from infra.stack import LocalStack
 
 # No test asks the metadata service of the cloud that it may run in; its answer, or its silence, would decide.
@@ -34,11 +35,14 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalStack]:
     Tests that use its store or server set `stack.state.env` in their environment themselves (monkeypatch).
     """
     local = LocalStack(tmp_path_factory.mktemp("stack"))
-    try:
-        local.up()
-        yield local
-    finally:
-        local.down()
+    with pytest.MonkeyPatch.context() as patch:
+        for kind in Service.__subclasses__():
+            patch.setattr(kind, "start_seconds", 600.0)  # for a busy machine
+        try:
+            local.up()
+            yield local
+        finally:
+            local.down()
 
 
 @pytest.fixture

@@ -40,7 +40,7 @@ def web(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Web]:
 def starflow(*arguments: str) -> Any:
     """Runs the command line and returns its JSON answer."""
     command = [sys.executable, "-m", "starflow.cli", *arguments, "--json"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr[-2000:]
     return json.loads(result.stdout)
 
@@ -53,7 +53,7 @@ def wait_for(condition: Any, seconds: float, what: str) -> Any:
     return found
 
 
-@pytest.mark.timeout(1500)  # on a busy machine; each step has its own limit
+@pytest.mark.timeout(3000)  # on a busy machine; each step has its own limit
 def test_urls_to_pictures(stack: LocalStack, s3_url: str, web: Web, tmp_path: Path) -> None:
     parameters = {
         "store": s3_url,
@@ -102,7 +102,7 @@ def the_page_shows_it(api: PrefectAPI, answer: dict[str, Any], store: str) -> No
 
 
 def refresh(stack: LocalStack, urls: Path, parameters: dict[str, Any]) -> dict[str, Any]:
-    return run_refresh_deployment(stack.state.env, {"urls": str(urls), **parameters}, timeout=240)
+    return run_refresh_deployment(stack.state.env, {"urls": str(urls), **parameters}, timeout=600)
 
 
 def train_with_a_kill(store: str, snapshot: str, folder: Path) -> dict[str, Any]:

@@ -85,6 +85,7 @@ def artifacts(api: PrefectAPI, deployment: str) -> dict[str, dict[str, Any]]:
     return {artifact["key"]: artifact for artifact in found}
 
 
+@pytest.mark.timeout(1500)  # four runs of flows, each of which has its own limit
 def test_a_takedown_counts_first_and_cleanup_erases(stack: LocalStack, store: str) -> None:
     """Then nothing is left of what was taken down, and inspect finds the snapshot whole."""
     url, opened = stack.state.env["PREFECT_API_URL"], open_store(store)
