@@ -70,12 +70,15 @@ class Lease:
 
         It is free when it was given back, when its owner is known to have ended, when it has been silent for as long
         as it says while this object looked, or when it expired so long ago that clocks do not matter. With `wait`
-        it waits for its `patience`; then, or as soon as `give_up`, raises LeaseHeldError naming the owner.
+        it waits for its `patience`; then, or as soon as `give_up`, raises LeaseHeldError naming the owner. Of a stall
+        of this machine or of the store counts only as much as leaves the silence standing.
         """
-        began, told = time.monotonic(), False
+        waited, looked, told = 0.0, time.monotonic(), False
         while owner := self._try():
             message = f"run {self.run!r} is being written by {describe(owner)}"
-            if not wait or time.monotonic() - began >= self.patience or give_up():
+            now = time.monotonic()
+            waited, looked = waited + min(now - looked, self._silence.seconds / 3), now
+            if not wait or waited >= self.patience or give_up():
                 raise LeaseHeldError(f"{message}; stop it there, or use another run name")
             if not told:
                 on_wait(f"{message}; waiting for it to end or fall silent")

@@ -19,6 +19,8 @@ from urllib.request import ProxyHandler, Request, build_opener
 
 #: Seconds between questions, as AWS recommends, and until one that gets no answer is given up; life of a token.
 ASK_EVERY, PATIENCE, TOKEN_SECONDS = 5.0, 1.0, 60
+#: Questions until a service that has not answered any is taken to be absent; a machine is busy when training starts.
+FIRST_QUESTIONS = 3
 _LINK_LOCAL = "http://169.254.169.254"
 _TRUE = ("true", "1", "yes")
 
@@ -56,7 +58,8 @@ def clouds(environment: Mapping[str, str] = os.environ) -> list[Callable[[], str
 def watch_notices(tell: Callable[[str], None]) -> Iterator[None]:
     """Asks in a thread, and calls `tell` there, once, with the first notice.
 
-    A service that does not answer the first question is taken to be absent and not asked again.
+    Once a service has answered, those that have not are taken to be absent and not asked again; nor is any after
+    FIRST_QUESTIONS without an answer.
     """
     closing = threading.Event()
     threading.Thread(target=_watch, args=(tell, closing), name="spot", daemon=True).start()
@@ -67,7 +70,11 @@ def watch_notices(tell: Callable[[str], None]) -> Iterator[None]:
 
 
 def _watch(tell: Callable[[str], None], closing: threading.Event) -> None:
-    present = [ask for ask in clouds() if _heard(ask) is not None]
+    present: list[Callable[[], str]] = []
+    for _ in range(FIRST_QUESTIONS):
+        present = [ask for ask in clouds() if _heard(ask) is not None]
+        if present or closing.wait(ASK_EVERY):
+            break
     while present and not closing.wait(ASK_EVERY):
         if notice := next((heard for ask in present if (heard := _heard(ask))), ""):
             tell(notice)

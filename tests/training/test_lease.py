@@ -83,6 +83,18 @@ def test_who_has_a_short_lease_waits_for_a_long_one_to_fall_silent(tmp_path, who
     assert 600 <= clock.now - began < 610
 
 
+def test_a_machine_that_stalls_still_waits_for_the_silence(tmp_path, whole_clock, monkeypatch):
+    store, clock, stalls = open_store(str(tmp_path)), whole_clock, [40, 40]
+    Lease(store, "r", "elsewhere:1:1", seconds=30).acquire()
+
+    def sleep(seconds):
+        clock.now += stalls.pop() if stalls else seconds
+
+    monkeypatch.setattr(clock, "sleep", sleep)
+    Lease(store, "r", "elsewhere:2:1", seconds=30).acquire(wait=True)
+    assert not stalls
+
+
 def test_who_has_a_short_lease_does_not_take_an_outage_for_the_silence_of_a_long_one(tmp_path, clock):
     store = open_store(str(tmp_path))
     Lease(store, "r", "elsewhere:1:1", seconds=30).acquire()

@@ -14,7 +14,7 @@ from tests.training.run_helpers import until
 from training import spot
 from training.crew import End
 from training.events import read_events
-from training.spot import aws_notice, clouds, gcp_notice, watch_notices
+from training.spot import FIRST_QUESTIONS, aws_notice, clouds, gcp_notice, watch_notices
 from training.supervisor import Supervisor
 
 ACTION = {"action": "terminate", "time": "2026-01-02T03:04:05Z"}
@@ -110,12 +110,22 @@ def test_the_first_notice_is_told_once_after_answers_that_say_nothing(cloud):
     assert told == ["Google Cloud is preempting this machine"]
 
 
-def test_no_cloud_is_asked_once(cloud):
+def test_no_cloud_is_asked_a_few_times(cloud):
     with watch_notices(lambda notice: pytest.fail(notice)):
-        until(lambda: len(cloud.asked) == 2, 60)
+        until(lambda: len(cloud.asked) == 2 * FIRST_QUESTIONS, 60)
         cloud.aws, cloud.gcp = json.dumps(ACTION), "TRUE"
         until(lambda: all(thread.name != "spot" for thread in threading.enumerate()), 60)
-    assert len(cloud.asked) == 2
+    assert len(cloud.asked) == 2 * FIRST_QUESTIONS
+
+
+def test_a_first_question_that_gets_no_answer_is_asked_again(monkeypatch):
+    told, answers = [], [None, None, "", "", "this machine goes"]
+    monkeypatch.setattr(spot, "clouds", lambda: [object()])
+    monkeypatch.setattr(spot, "_heard", lambda ask: answers.pop(0))
+    monkeypatch.setattr(spot, "ASK_EVERY", 0.01)
+    with watch_notices(told.append):
+        until(lambda: told, 60)
+    assert (told, answers) == (["this machine goes"], [])
 
 
 def test_a_notice_is_a_request_to_stop(cloud, make_config, store, monkeypatch):
