@@ -1,12 +1,13 @@
 """Encoding on Ray against the bare VAE on the same pictures already decoded in memory, with one worker and with two.
 
-    python benchmarks/encode.py                      # both VAEs, under four minutes on 2 cores
+    python benchmarks/encode.py                      # both VAEs, a quarter of an hour on 2 cores
     python benchmarks/encode.py --vaes emoji
 
 Each worker has one thread for its VAE. Bare: processes that do nothing but encode batches in memory. Encode: the real
 thing on as many actors, from JPEG bytes in a store (twice the size of what is encoded) to committed shards, counted
-from the end of the first shards to where no shard is left to be started. Rates are by wall clock, one after the other
-in one run; CPU efficiency compares pictures per second of CPU time, which other load on the machine changes less.
+from the end of the first shards to where no shard is left to be started. Both are measured in turn, three times: rates
+are medians by wall clock, efficiencies those of the rounds' own ratios, with the least and the greatest. CPU
+efficiency compares pictures per second of CPU time.
 VAEs: the shipped one at 64 px, and one of Stable Diffusion's shape (34 M parameters in the encoder, random weights)
 at 128 px.
 """
@@ -42,6 +43,7 @@ from starflow.objectstore import ObjectStore, open_store
 #: VAE: picture size, pictures of a shard, shards of an actor, pictures of a batch.
 CASES = {"emoji": (64, 128, 16, 16), "SD-shaped": (128, 8, 12, 8)}
 BARE_SECONDS = 10.0
+ROUNDS = 3
 
 
 def crawl(store: ObjectStore, count: int, size: int) -> str:
@@ -168,22 +170,27 @@ def measure(name: str, folder: Path) -> list[dict[str, Any]]:
         image_size=size, vae=vae, aspect_ratios=("1:1",), vae_batch=batch, shard_bytes=shard * row_bytes,
         chunk_bytes=shard * row_bytes,
     )  # fmt: skip
-    alone = {workers: bare_rates(vae, size, batch, workers) for workers in (1, 2)}
-    whole = {
-        workers: encode_rates(folder / f"{workers}", config.model_copy(update={"actors": workers}), shard, shards)
-        for workers in (1, 2)
-    }
-    about = f"{name} at {size} px"
-    rows = [
-        {"VAE": about, "": "bare VAE", "1, pictures/s": alone[1][0], "2, pictures/s": alone[2][0]},
-        {"VAE": about, "": "encode", "1, pictures/s": whole[1][0], "2, pictures/s": whole[2][0]},
-    ]
-    for row, rates in zip(rows, (alone, whole), strict=True):
-        row["2 by 1"] = rates[2][0] / rates[1][0]
+    alone, whole = np.empty((2, ROUNDS, 2)), np.empty((2, ROUNDS, 2))  # by worker count, round, kind of rate
+    for turn in range(ROUNDS):
+        for workers in (1, 2):
+            there, actors = folder / f"{turn}-{workers}", config.model_copy(update={"actors": workers})
+            alone[workers - 1, turn] = bare_rates(vae, size, batch, workers)
+            whole[workers - 1, turn] = encode_rates(there, actors, shard, shards)
+    rows = []
+    for what, rates in (("bare VAE", alone), ("encode", whole)):
+        one, two = rates[:, :, 0]
+        about = {"VAE": f"{name} at {size} px", "": what}
+        rates_by_count = {"1, pictures/s": np.median(one), "2, pictures/s": np.median(two)}
+        rows.append(about | rates_by_count | {"2 by 1": spread(two / one)})
     for workers in (1, 2):
-        rows[1][f"efficiency, {workers}"] = whole[workers][0] / alone[workers][0]
-        rows[1][f"CPU efficiency, {workers}"] = whole[workers][1] / alone[workers][1]
+        wall, cpu = (whole[workers - 1] / alone[workers - 1]).T
+        rows[1] |= {f"efficiency, {workers}": spread(wall), f"CPU efficiency, {workers}": spread(cpu)}
     return rows
+
+
+def spread(rounds: np.ndarray) -> str:
+    """The median, with the least and the greatest."""
+    return f"{np.median(rounds):.2f} ({rounds.min():.2f} to {rounds.max():.2f})"
 
 
 def main() -> None:
