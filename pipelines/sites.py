@@ -28,6 +28,8 @@ FAILURE_SECONDS = 300
 STRANGER_SECONDS = 60.0
 #: A host that asks us to wait for longer is asked for nothing more meanwhile; its URLs are for a later try.
 BUSY_SECONDS = 5.0
+#: Content types of what people look at.
+PAGES = ("text/html", "application/xhtml+xml")
 
 
 @dataclass(frozen=True)
@@ -168,8 +170,18 @@ class Sites:
     def _ask(self, origin: str) -> dict[str, Any]:
         return {
             "robots": self._text(f"{origin}/robots.txt", cut=True) if self.policy.robots else "",
-            "tdm": self._text(f"{origin}/.well-known/tdmrep.json", accept=_no_page) if self.policy.tdm else "",
+            "tdm": self._tdm(f"{origin}/.well-known/tdmrep.json") if self.policy.tdm else "",
         }
+
+    def _tdm(self, url: str) -> str:
+        """Many sites answer with a page of theirs where they have no file: one that cannot be read reserves nothing."""
+        kinds: list[str] = []
+        try:
+            return self._text(url, accept=lambda headers: kinds.append(headers.get_content_type()))
+        except FetchError as error:
+            if error.reason in ("too_large", "content_encoding") and kinds[-1] in PAGES:
+                return ""
+            raise
 
     def _text(self, url: str, cut: bool = False, accept: Callable[[HTTPMessage], None] | None = None) -> str:
         """A file of rules, or with `cut` its beginning; "" when the site has none, which allows everything (RFC 9309,
@@ -179,15 +191,9 @@ class Sites:
             return get(url, policy, accept=accept, cut=cut).body.decode("utf-8", "replace")
         except FetchError as error:
             missing = 400 <= error.status < 500 and not error.transient
-            if missing or error.reason in ("redirects", "http_204", "page"):
+            if missing or error.reason in ("redirects", "http_204"):
                 return ""
             raise
-
-
-def _no_page(headers: HTTPMessage) -> None:
-    """Many sites answer with a page of theirs where they have no file: it reserves nothing, whatever its size."""
-    if headers.get_content_type() in ("text/html", "application/xhtml+xml"):
-        raise FetchError("page", status=200)
 
 
 def _unreadable(error: FetchError) -> SiteRules:

@@ -247,6 +247,15 @@ def test_a_page_that_is_no_tdm_file_reserves_nothing(tmp_path: Path, file: str, 
             ask(sites, f"http://{place}/x")
 
 
+@pytest.mark.parametrize("kind", ["text/html", "application/json", "application/octet-stream"])
+def test_a_reservation_holds_whatever_its_file_says_it_is(tmp_path: Path, kind: str) -> None:
+    body = b'[{"location": "/y", "tdm-reservation": 1}]'
+    with serving(response(body, f"Content-Type: {kind}")) as (place, _):
+        sites = Sites(POLICY.model_copy(update={"allow_host": ("127.0.0.1",), "robots": False}), tmp_path)
+        with pytest.raises(FetchError, match="tdm_reservation"):
+            ask(sites, f"http://{place}/y")
+
+
 def test_a_host_met_only_by_redirect_is_shared_with_other_processes(tmp_path: Path) -> None:
     sites = rules(tmp_path)
     sites.processes, sites.assigned = 2, {"a.example"}
