@@ -27,7 +27,7 @@ from pipelines.originals import Picture
 from pipelines.packing import pack
 from pipelines.plan import ROWS, Batch
 from pipelines.revalidation import left_rows
-from pipelines.texts import caption_quality
+from pipelines.texts import caption_quality, repeats
 from starflow import manifest
 from starflow.config import Config
 from starflow.errors import AlreadyExistsError, NotFoundError
@@ -214,7 +214,8 @@ def caption_batch(
     if not isinstance(captioner, AltText) and crawl.images is not None:
         prefix = f"{batch.folder}captions/{config.digest(CAPTION_SETTINGS)}/"
         texts, refused = _model_captions(prefix, crawl.images, table, alts, captioner)
-        figures = {"stand_in": sum(bool(alt) and not text for alt, text in zip(alts, texts, strict=True)), **refused}
+        stand_in = sum(bool(alt) and not text for alt, text in zip(alts, texts, strict=True))
+        figures = {"stand_in": stand_in, "repeated": repeats(texts), **refused}  # nothing counts twice
         layers.append((captioner.name, captioner.version, texts))
     captions = [
         [

@@ -46,6 +46,11 @@ def language_of(text: str) -> str:
     return str(code) if probability >= _SURE else ""
 
 
+def repeats(texts: Iterable[str]) -> int:
+    """How many captions repeat another one; empty ones do not count."""
+    return sum(count - 1 for text, count in Counter(texts).items() if text)
+
+
 def caption_quality(texts: Sequence[str]) -> dict[str, int]:
     """Figures of captions, one a picture, that add up over batches: how many there are, are empty, repeat another one,
     characters in all, and ``language:<code>`` (``language:unknown``: too short to tell)."""
@@ -54,7 +59,7 @@ def caption_quality(texts: Sequence[str]) -> dict[str, int]:
     return {
         "pictures": len(texts),
         "empty": len(texts) - len(found),
-        "repeated": len(found) - len(set(found)),
+        "repeated": repeats(found),
         "characters": sum(map(len, texts)),
         **{f"language:{code}": count for code, count in sorted(languages.items())},
     }

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import re
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from pipelines.gate import GateRefusedError
 from pipelines.refresh import RefreshResult
 from starflow.errors import ConfigError
 from starflow.objectstore import open_store
 from starflow.snapshots import list_snapshots
+from tests.pipelines.fake_captioners import COLOURS, serve_endpoint
 from tests.pipelines.fake_crawl import Answer, Bench, png, url
 from tests.pipelines.kills import KilledError, killed_at_write
 
@@ -119,6 +124,23 @@ def test_too_many_removals_are_refused_though_nothing_is_new(bench: Bench) -> No
     name = refused(bench, listed, revalidate_days=1, gate_drop_rate=1, gate_removal_rate=0.3)
     result = bench.refresh(listed, **GATE, gate_accept=name)
     assert (result.parent, result.removed, result.total) == (first.snapshot, {"gone": 2}, 3)
+
+
+def test_a_caption_that_alt_text_stands_in_for_counts_once(bench: Bench) -> None:
+    """Two pictures refused by the captioner, with one alt text, and two that it captions alike."""
+    pictures = {}
+    for number, colour in enumerate(("red", "red", "green", "green")):
+        picture, file = Image.open(io.BytesIO(png(number))), io.BytesIO()
+        picture.paste(COLOURS[colour], (0, 0, 4, 4))  # where the endpoint looks
+        picture.save(file, "PNG")
+        pictures[url(number)] = file.getvalue()
+    listed = bench.write_list(pictures)
+    pq.write_table(pa.table({"url": list(pictures), "caption": ["photo"] * 4}), listed)
+    with serve_endpoint() as endpoint:
+        endpoint.refused = {"red": 422}
+        captioner: dict[str, Any] = {"captioner": endpoint.url, "captioner_model": "seer"}
+        with pytest.raises(GateRefusedError, match=r"captions 75\.0% .*; 3 of 4 captions"):
+            bench.refresh(listed, **GATE, **captioner, gate_caption_rate=0.5)
 
 
 def test_a_person_is_asked_in_the_browser_only(bench: Bench) -> None:
