@@ -47,6 +47,14 @@ class FileCache:
         """Whether the file `name` is there."""
         return (self.directory / name).exists()
 
+    def keep(self, name: str) -> bool:
+        """Makes the file `name` one of the last to go; False when it has gone."""
+        try:
+            os.utime(self.directory / name)
+        except FileNotFoundError:
+            return False
+        return True
+
     def read(self, name: str, make: Callable[[Path], None], read: Callable[[BinaryIO], T]) -> T:
         """What `read` makes of the file `name`; one that it finds corrupt (CorruptError) is made anew, once.
 
@@ -70,23 +78,27 @@ class FileCache:
                 self._make(path, make)  # and look again: it may be evicted before we open it
             else:
                 os.utime(file.fileno())  # recently used: among the last to go
-                if time.monotonic() - self._told > LOOK_SECONDS:
-                    self._tell()
+                self.look()
                 return file
         raise StoreError(
             f"{path} is evicted faster than it can be opened: {self.limit} bytes are too small a cache; "
             "allow it more, in training with cache_gib, or free some space if the disk was full"
         )
 
-    def make_room(self, size: int) -> bool:
-        """Evicts files of `size` bytes in all for what else needs the disk; False when there were none to evict."""
-        return self._evict(room=size)
+    def make_room(self, size: int) -> None:
+        """Evicts files of `size` bytes in all, as far as there are any, for what else needs the disk."""
+        self._evict(room=size)
+
+    def look(self) -> None:
+        """Tells whoever maps files, now and then, to close what other processes have evicted."""
+        if time.monotonic() - self._told > LOOK_SECONDS:
+            self._tell()
 
     def _make(self, path: Path, make: Callable[[Path], None]) -> None:
         try:
             for pause in (*PAUSES, None):
                 try:
-                    with self._locked(f"{path.name[:2]}.lock"):
+                    with self._locked(f"{path.name[-2:]}.lock"):
                         if not path.exists():  # else another process has made it while we waited
                             _make_durably(path, make)
                     break
@@ -102,9 +114,9 @@ class FileCache:
             ) from error
         self._evict(path.name)
 
-    def _evict(self, keep: str = "", full: bool = False, room: int = 0) -> bool:
+    def _evict(self, keep: str = "", full: bool = False, room: int = 0) -> None:
         with self._locked("evict.lock") as lock:
-            files, total, evicted = [], 0, False
+            files, total = [], 0
             for entry in filter(os.DirEntry.is_file, os.scandir(self.directory)):
                 try:
                     status = entry.stat()
@@ -123,9 +135,8 @@ class FileCache:
                 unfinished = "~" in path.name
                 if time.time() - modified > UNFINISHED_SECONDS if unfinished else total > limit:
                     path.unlink(missing_ok=True)
-                    total, evicted = total - size, True
+                    total -= size
         self._tell()
-        return evicted
 
     def _tell(self) -> None:
         self._told = time.monotonic()

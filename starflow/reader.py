@@ -78,6 +78,7 @@ class SnapshotReader:
         self._rows = {grid: _GridRows(parts) for grid, parts in _by_grid(self._parts).items()}
         self._maps: OrderedDict[tuple[_PartReader, str, int], Future[MappedShard]] = OrderedDict()
         self._tables: dict[str, pa.Table] = {}
+        self._used: set[str] = set()  # tables, since the last look
         self._lock = threading.Lock()
         self.cache.on_evict.append(self._let_go)
 
@@ -114,6 +115,7 @@ class SnapshotReader:
 
         `draws` (B,) in [0, 1) choose among a sample's captions by weight; without them it is the heaviest.
         """
+        self.cache.look()
         places = list(self._places(grid, ordinals))
         spec = places[0].part.part.arrays["mean"] if places else self._rows[grid].parts[0].part.arrays["mean"]
         mean, std = (np.empty((len(ordinals), *spec.shape[1:]), np.float16) for _ in range(2))
@@ -183,8 +185,10 @@ class SnapshotReader:
     def _let_go(self) -> None:
         """Closes the maps of evicted files, so that the disk has their room and the cache its limit."""
         with self._lock:
+            used = set(self._used)
+            self._used.clear()  # in place: it belongs to both sides
             for name in list(self._tables):
-                if not self.cache.holds(name):
+                if not (self.cache.keep(name) if name in used else self.cache.holds(name)):
                     del self._tables[name]
             if isinstance(self.store, LocalStore):
                 return  # its shards are mapped where they lie
@@ -200,6 +204,7 @@ class SnapshotReader:
         if found is None:
             found = self.cache.read(name, lambda path: _to_arrow(self.store, ref, path), _map_arrow)
             self._tables[name] = found
+        self._used.add(name)
         return found
 
     def _places(self, grid: Grid, ordinals: Ints) -> Iterator[_Place]:

@@ -157,13 +157,14 @@ def _download(store: ObjectStore, checkpoint: Checkpoint, engine: Engine, folder
 
 
 def _fetch(store: ObjectStore, ref: ObjectRef, path: Path, shard_cache: FileCache) -> None:
-    """On a full disk, shards make room: they may have filled it, and can be had again."""
+    """On a full disk, shards make room, as soon as others have closed their maps: they can be had again."""
     for pause in (*PAUSES, None):
         try:
             return manifest.download(store, ref, path)
         except (OSError, StoreError) as error:
-            if pause is None or full_disk(error) is None or not shard_cache.make_room(ref.size):
+            if pause is None or full_disk(error) is None:
                 raise
+        shard_cache.make_room(ref.size)
         time.sleep(pause)
 
 

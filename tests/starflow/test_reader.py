@@ -1,7 +1,9 @@
 """The snapshot reader against plain numpy: rows, holes, captions, both sides, several parts and grids."""
 
 import hashlib
+import os
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -194,10 +196,43 @@ def test_tables_that_are_evicted_hold_nothing_of_the_disk(store, tmp_path):
     readers = [SnapshotReader(each, snapshot, cache) for each in (Remote(store), store)]
     for reader in readers:
         assert reader.gather((2, 3), np.arange(60)).ids == data.ids
-    assert cache.make_room(2**40)
+    cache.make_room(2**40)
     assert str(cache.directory) not in Path("/proc/self/maps").read_text()
     for reader in readers:
         assert reader.gather((2, 3), np.arange(60)).captions[1] == "model 1"
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_a_reader_that_needs_nothing_new_closes_what_another_process_has_evicted(store, tmp_path, monkeypatch, remote):
+    monkeypatch.setattr("starflow.cache.LOOK_SECONDS", 0.0)
+    data = Data(store, 0, 60)
+    snapshot = publish(store, parent=None, parts=[data.part], image_size=16)
+    cache = FileCache(tmp_path / "cache")
+    reader = SnapshotReader(Remote(store) if remote else store, snapshot, cache)
+    reader.gather((2, 3), np.arange(60))
+    FileCache(cache.directory).make_room(2**40)
+    assert np.array_equal(reader.gather((2, 3), np.arange(60)).mean, data.mean)
+    maps = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(cache.directory) in line]
+    assert maps
+    assert not [line for line in maps if line.endswith("(deleted)")]
+
+
+def test_tables_in_use_are_not_evicted_before_shards_that_are_not(store, tmp_path, monkeypatch):
+    """They stay mapped, so that nobody opens their files again."""
+    monkeypatch.setattr("starflow.cache.LOOK_SECONDS", 0.0)
+    data = Data(store, 0, 60)
+    snapshot = publish(store, parent=None, parts=[data.part], image_size=16)
+    cache = FileCache(tmp_path / "cache")
+    reader = SnapshotReader(Remote(store), snapshot, cache)
+    reader.gather((2, 3), np.arange(60))
+    tables = {path for path in cache.directory.iterdir() if "-" in path.name}
+    for path in cache.directory.iterdir():
+        os.utime(path, (time.time() - (60 if path in tables else 30),) * 2)
+    for _ in range(2):  # seen as used by the next look
+        reader.gather((2, 3), np.arange(60))
+    cache.make_room(1)
+    assert len(tables) == 2
+    assert all(path.exists() for path in tables)
 
 
 def mapped(cache):

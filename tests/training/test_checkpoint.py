@@ -191,6 +191,21 @@ def test_shards_that_another_run_maps_are_waited_for_before_more_go(saved, make_
     assert sum(other.config.shard_cache.holds(f"{number}-shard") for number in range(10)) == 8
 
 
+def test_the_last_shard_that_another_run_maps_is_waited_for(saved, make_config, store, monkeypatch):
+    other, fetch, slept = Setup(make_config(ranks=1), seed=5), manifest.download, []
+    other.config.shard_cache.open("shard", lambda path: path.write_bytes(bytes(100))).close()
+
+    def download(store, ref, path):
+        if sum(slept) < 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        fetch(store, ref, path)
+
+    monkeypatch.setattr(manifest, "download", download)
+    monkeypatch.setattr("training.resume.time", SimpleNamespace(sleep=slept.append))
+    assert resume(store, other.config, other.engine, other.ema).step == 4
+    assert slept == [0.0, 0.5, 1.0]
+
+
 def test_missing_objects_fall_back_and_nothing_left_moves_nothing(saved, make_config, store):
     newest, oldest = load_manifest(store, "test", 4).shards[0].optimizer.key, load_manifest(store, "test", 2)
     data = {key: store.read(key) for key in (newest, oldest.shards[0].ema.key)}
