@@ -51,7 +51,7 @@ class FileCache:
         """Makes the file `name` one of the last to go; False when it has gone."""
         try:
             os.utime(self.directory / name)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return False
         return True
 
